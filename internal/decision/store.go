@@ -1,0 +1,320 @@
+package decision
+
+import (
+	"sort"
+	"time"
+)
+
+// Store holds every live decision by id and turns deltas into tables. What was
+// compiled last (the base) stays as it is while changes gather beside it in a
+// small overlay, so that a delta costs what the delta weighs; Fold makes the
+// two one again now and then. It belongs to one goroutine.
+type Store struct {
+	base    *block
+	classes *classes
+	four    rows[int] // the overlay
+	six     rows[string]
+	recent  *block         // the overlay, compiled
+	gone    []int          // sorted rows of base that no longer count
+	scoped  map[int]Scoped // countries and autonomous systems
+	doubts  []int          // sizes of the implausible full pulls in a row
+}
+
+// NewStore returns an empty store.
+func NewStore() *Store {
+	return &Store{
+		base:    compile(rows[int]{}, rows[string]{}),
+		classes: newClasses(),
+		scoped:  map[int]Scoped{},
+	}
+}
+
+// NewDelta returns a delta to be filled with the rows of one LAPI answer that
+// was written at the given time. A full one describes the whole picture.
+func (s *Store) NewDelta(full bool, at time.Time) *Delta {
+	d := &Delta{Full: full, Skipped: map[string]int{}, at: int(at.UnixNano()), classes: s.classes}
+	if full {
+		d.classes = newClasses()
+	}
+	return d
+}
+
+// Outcome says what Apply made of a delta.
+type Outcome struct {
+	// Doubt is true where a full pull held implausibly little compared with
+	// what the store holds: its decisions were taken in, but nothing was
+	// deleted because of it. Pull again, a little later.
+	Doubt bool
+	// Had and Got are the live decisions before a full pull and in it.
+	Had, Got int
+}
+
+// doubtsNeeded is how many implausible full pulls in a row must agree, within
+// a tenth, before their word counts as deletion.
+const doubtsNeeded = 3
+
+// Apply takes a delta in: deletions first, then additions, by decision id; an
+// id that is already held is replaced, so applying a delta twice changes
+// nothing. A full delta replaces everything if it is plausible, that is, if it
+// does not lack more than half of what is held (some 100 decisions may always
+// go), or if it is the third in a row to say so.
+func (s *Store) Apply(d *Delta, now time.Time) Outcome {
+	d.four, d.six = distinct(d.four, d.six)
+	if d.Full {
+		return s.replace(d, now)
+	}
+	s.merge(d, now)
+	return Outcome{}
+}
+
+func (s *Store) replace(d *Delta, now time.Time) Outcome {
+	had := s.live(now)
+	got := d.Len()
+	if got < had/2 && had-got > 100 {
+		agree := len(s.doubts) == 0
+		if !agree {
+			first := s.doubts[0]
+			agree = got-first <= first/10 && first-got <= first/10
+		}
+		if !agree {
+			s.doubts = nil
+		}
+		s.doubts = append(s.doubts, got)
+		if len(s.doubts) < doubtsNeeded {
+			s.adopt(d)
+			s.merge(d, now)
+			return Outcome{Doubt: true, Had: had, Got: got}
+		}
+	}
+	s.doubts = nil
+	s.classes = d.classes
+	s.base = compile(d.four, d.six)
+	s.four = rows[int]{}
+	s.six = rows[string]{}
+	s.recent = nil
+	s.gone = nil
+	s.scoped = map[int]Scoped{}
+	for _, sc := range d.scoped {
+		s.scoped[sc.ID] = sc
+	}
+	return Outcome{Had: had, Got: got}
+}
+
+// adopt renumbers the classes of a full delta to those of the store.
+func (s *Store) adopt(d *Delta) {
+	number := make([]int32, len(d.classes.list))
+	for i, c := range d.classes.list {
+		number[i] = classOf(s.classes, c.Type, c.Origin, c.Scenario)
+	}
+	for i, c := range d.four.class {
+		d.four.class[i] = number[c]
+	}
+	for i, c := range d.six.class {
+		d.six.class[i] = number[c]
+	}
+	d.classes = s.classes
+}
+
+func (s *Store) merge(d *Delta, now time.Time) {
+	drop := make(map[int]bool, len(d.gone)+d.Len())
+	for _, id := range d.gone {
+		drop[id] = true
+		delete(s.scoped, id)
+	}
+	var gone []int
+	for id := range drop {
+		if row := rowOf(s.base, id); row >= 0 {
+			gone = append(gone, row)
+		}
+	}
+	var four rows[int]
+	var six rows[string]
+	for i, id := range d.four.id {
+		row := rowOf(s.base, id)
+		if row >= 0 && !drop[id] && !has(s.gone, row) && same(s.base, row, d.four.key[i], "", d.four.class[i], d.four.until[i]) {
+			continue
+		}
+		if row >= 0 && !drop[id] {
+			gone = append(gone, row)
+		}
+		drop[id] = true
+		four.key = append(four.key, d.four.key[i])
+		four.id = append(four.id, id)
+		four.until = append(four.until, d.four.until[i])
+		four.class = append(four.class, d.four.class[i])
+	}
+	for i, id := range d.six.id {
+		row := rowOf(s.base, id)
+		if row >= 0 && !drop[id] && !has(s.gone, row) && same(s.base, row, -1, d.six.key[i], d.six.class[i], d.six.until[i]) {
+			continue
+		}
+		if row >= 0 && !drop[id] {
+			gone = append(gone, row)
+		}
+		drop[id] = true
+		six.key = append(six.key, d.six.key[i])
+		six.id = append(six.id, id)
+		six.until = append(six.until, d.six.until[i])
+		six.class = append(six.class, d.six.class[i])
+	}
+	for _, sc := range d.scoped {
+		s.scoped[sc.ID] = sc
+	}
+	if len(drop) == 0 {
+		return
+	}
+	s.gone = union(s.gone, gone)
+	at := int(now.UnixNano())
+	s.four = joined[int](s.four, four, drop, at)
+	s.six = joined[string](s.six, six, drop, at)
+	s.recent = nil
+	if len(s.four.id)+len(s.six.id) > 0 {
+		s.recent = compile(s.four, s.six)
+	}
+}
+
+// joined returns the rows of old that are still wanted, followed by added.
+func joined[K int | string](old, added rows[K], drop map[int]bool, at int) rows[K] {
+	var out rows[K]
+	for i, id := range old.id {
+		if drop[id] || old.until[i] <= at {
+			continue
+		}
+		out.key = append(out.key, old.key[i])
+		out.id = append(out.id, id)
+		out.until = append(out.until, old.until[i])
+		out.class = append(out.class, old.class[i])
+	}
+	out.key = append(out.key, added.key...)
+	out.id = append(out.id, added.id...)
+	out.until = append(out.until, added.until...)
+	out.class = append(out.class, added.class...)
+	return out
+}
+
+// union returns the sorted numbers of old and added, each once. Readers may
+// still hold old, so it is left alone.
+func union(old, added []int) []int {
+	if len(added) == 0 {
+		return old
+	}
+	all := make([]int, 0, len(old)+len(added))
+	all = append(all, old...)
+	all = append(all, added...)
+	sort.Ints(all)
+	out := all[:0]
+	for i, n := range all {
+		if i == 0 || n != all[i-1] {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+// has reports whether a sorted list holds n.
+func has(sorted []int, n int) bool {
+	i := sort.SearchInts(sorted, n)
+	return i < len(sorted) && sorted[i] == n
+}
+
+// live counts the unexpired decisions on addresses.
+func (s *Store) live(now time.Time) int {
+	at := int(now.UnixNano())
+	n := 0
+	for _, until := range s.base.until {
+		if until > at {
+			n++
+		}
+	}
+	for _, row := range s.gone {
+		if s.base.until[row] > at {
+			n--
+		}
+	}
+	for _, until := range s.four.until {
+		if until > at {
+			n++
+		}
+	}
+	for _, until := range s.six.until {
+		if until > at {
+			n++
+		}
+	}
+	return n
+}
+
+// Compile returns the table of what the store holds now. It shares what has
+// not changed with the tables before it and costs next to nothing.
+func (s *Store) Compile() *Table {
+	return &Table{base: s.base, recent: s.recent, gone: s.gone, classes: s.classes.list}
+}
+
+// Due reports whether the overlay has grown enough for Fold to pay.
+func (s *Store) Due() bool {
+	limit := 1024 + len(s.base.id)/128
+	return len(s.four.id)+len(s.six.id) > limit || len(s.gone) > limit+len(s.base.id)/16
+}
+
+// Fold compiles base and overlay into a new base, leaving out what has expired
+// by now. It costs what the whole store weighs, so it is for a quiet moment,
+// after the table that Compile gave has been put to use.
+func (s *Store) Fold(now time.Time) {
+	at := int(now.UnixNano())
+	b := s.base
+	dead := make([]bool, len(b.id))
+	for _, row := range s.gone {
+		dead[row] = true
+	}
+	var four rows[int]
+	var six rows[string]
+	for node, key := range b.key4 {
+		for row := b.first[node]; row < b.first[node+1]; row++ {
+			if !dead[row] && b.until[row] > at {
+				four.key = append(four.key, key)
+				four.id = append(four.id, b.id[row])
+				four.until = append(four.until, b.until[row])
+				four.class = append(four.class, b.class[row])
+			}
+		}
+	}
+	n4 := len(b.key4)
+	for i, key := range b.key6 {
+		for row := b.first[n4+i]; row < b.first[n4+i+1]; row++ {
+			if !dead[row] && b.until[row] > at {
+				six.key = append(six.key, key)
+				six.id = append(six.id, b.id[row])
+				six.until = append(six.until, b.until[row])
+				six.class = append(six.class, b.class[row])
+			}
+		}
+	}
+	drop := map[int]bool{}
+	s.base = compile(joined[int](four, s.four, drop, at), joined[string](six, s.six, drop, at))
+	s.four = rows[int]{}
+	s.six = rows[string]{}
+	s.recent = nil
+	s.gone = nil
+	for id, sc := range s.scoped {
+		if !sc.Until.After(now) {
+			delete(s.scoped, id)
+		}
+	}
+}
+
+// Scoped returns the live decisions on countries and autonomous systems, in
+// the order of their ids.
+func (s *Store) Scoped(now time.Time) []Scoped {
+	ids := make([]int, 0, len(s.scoped))
+	for id, sc := range s.scoped {
+		if sc.Until.After(now) {
+			ids = append(ids, id)
+		}
+	}
+	sort.Ints(ids)
+	out := make([]Scoped, len(ids))
+	for i, id := range ids {
+		out[i] = s.scoped[id]
+	}
+	return out
+}

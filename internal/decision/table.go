@@ -1,0 +1,190 @@
+package decision
+
+import (
+	"net/netip"
+	"sort"
+	"time"
+)
+
+// Table answers which decisions hold an address. It never changes.
+type Table struct {
+	base    *block
+	recent  *block // nil where nothing has changed since base was compiled
+	gone    []int  // sorted rows of base that no longer count
+	classes []Class
+}
+
+// Len returns the number of decisions on addresses in the table, those that
+// expired since it was compiled among them.
+func (t *Table) Len() int {
+	n := len(t.base.id) - len(t.gone)
+	if t.recent != nil {
+		n += len(t.recent.id)
+	}
+	return n
+}
+
+// Covered reports whether any decision of t may hold addr. It is the quick
+// question that settles nearly every request: false is final, true calls for
+// View.Lookup, which knows about expiry, deletion and policy. IPv4-mapped
+// addresses must be unmapped by the caller.
+func Covered(t *Table, addr netip.Addr) bool {
+	if addr.Is4() {
+		b := addr.As4()
+		x := int(b[0])<<24 | int(b[1])<<16 | int(b[2])<<8 | int(b[3])
+		x++
+		if t.base.seg4[sort.SearchInts(t.base.bounds4, x)-1] >= 0 {
+			return true
+		}
+		return t.recent != nil && t.recent.seg4[sort.SearchInts(t.recent.bounds4, x)-1] >= 0
+	}
+	x := string(append(addr.AsSlice(), 0))
+	if t.base.seg6[sort.SearchStrings(t.base.bounds6, x)-1] >= 0 {
+		return true
+	}
+	return t.recent != nil && t.recent.seg6[sort.SearchStrings(t.recent.bounds6, x)-1] >= 0
+}
+
+// Policy is how one enforcement point reads the decisions that all share.
+type Policy struct {
+	// Allow lists the addresses that no decision touches.
+	Allow *Ranges
+	// Fallback is what a decision of unknown type means; Allow ignores it.
+	Fallback Remediation
+	// Accept, if not nil, leaves out the classes that it refuses.
+	Accept func(Class) bool
+}
+
+// View is a Table read under a Policy. It never changes.
+type View struct {
+	table *Table
+	allow *Ranges
+	means []Remediation // by class: what it asks for here; Allow is nothing
+}
+
+// NewView prepares a view; it costs what the number of classes weighs.
+func NewView(t *Table, p Policy) *View {
+	v := &View{table: t, allow: p.Allow, means: make([]Remediation, len(t.classes))}
+	for i, c := range t.classes {
+		if p.Accept != nil && !p.Accept(c) {
+			continue
+		}
+		v.means[i] = c.Remediation
+		if c.Remediation == Unknown {
+			v.means[i] = p.Fallback
+		}
+	}
+	return v
+}
+
+// Verdict is what applies to an address and the decision that says so. The
+// zero Verdict is Allow.
+type Verdict struct {
+	Remediation Remediation
+	ID          int          // of the deciding decision
+	Prefix      netip.Prefix // what that decision covers
+	Until       time.Time    // when that decision ends
+	Type        string       // as LAPI wrote it
+	Origin      string
+	Scenario    string
+}
+
+// Lookup returns the verdict on addr at the given time: of the live decisions
+// that hold it, the strongest and, among equals, the one that ends last.
+func (v *View) Lookup(addr netip.Addr, now time.Time) Verdict {
+	addr = addr.Unmap()
+	if !Covered(v.table, addr) || Contains(v.allow, addr) {
+		return Verdict{}
+	}
+	at := int(now.UnixNano())
+	b, row := strongest(v, v.table.base, addr, at, nil, -1)
+	if v.table.recent != nil {
+		b, row = strongest(v, v.table.recent, addr, at, b, row)
+	}
+	if row < 0 {
+		return Verdict{}
+	}
+	return verdictOf(v, b, row)
+}
+
+// strongest walks the holders of addr in block b and returns the best of them
+// and the one found so far.
+func strongest(v *View, b *block, addr netip.Addr, at int, bestBlock *block, best int) (*block, int) {
+	for node := nodeOf(b, addr); node >= 0; node = b.parent[node] {
+		for row := int(b.first[node]); row < int(b.first[node+1]); row++ {
+			if !counts(v, b, row, at) {
+				continue
+			}
+			if best < 0 || stronger(v, b, row, bestBlock, best) {
+				bestBlock, best = b, row
+			}
+		}
+	}
+	return bestBlock, best
+}
+
+func counts(v *View, b *block, row, at int) bool {
+	return b.until[row] > at && v.means[b.class[row]] != Allow && (b != v.table.base || !has(v.table.gone, row))
+}
+
+func stronger(v *View, a *block, i int, b *block, j int) bool {
+	mi, mj := v.means[a.class[i]], v.means[b.class[j]]
+	if mi != mj {
+		return mi > mj
+	}
+	if a.until[i] != b.until[j] {
+		return a.until[i] > b.until[j]
+	}
+	return a.id[i] < b.id[j]
+}
+
+func verdictOf(v *View, b *block, row int) Verdict {
+	c := v.table.classes[b.class[row]]
+	return Verdict{
+		Remediation: v.means[b.class[row]],
+		ID:          b.id[row],
+		Prefix:      prefixOf(b, nodeOfRow(b, row)),
+		Until:       time.Unix(0, int64(b.until[row])),
+		Type:        c.Type,
+		Origin:      c.Origin,
+		Scenario:    c.Scenario,
+	}
+}
+
+// Holders returns every live decision that holds addr, strongest first: the
+// whole answer to why an address is treated as it is. An allowlisted address
+// has none.
+func (v *View) Holders(addr netip.Addr, now time.Time) []Verdict {
+	addr = addr.Unmap()
+	if Contains(v.allow, addr) {
+		return nil
+	}
+	at := int(now.UnixNano())
+	var blocks []*block
+	var found []int
+	for _, b := range []*block{v.table.base, v.table.recent} {
+		if b == nil {
+			continue
+		}
+		for node := nodeOf(b, addr); node >= 0; node = b.parent[node] {
+			for row := int(b.first[node]); row < int(b.first[node+1]); row++ {
+				if !counts(v, b, row, at) {
+					continue
+				}
+				i := len(found)
+				blocks = append(blocks, b)
+				found = append(found, row)
+				for i > 0 && stronger(v, b, row, blocks[i-1], found[i-1]) {
+					blocks[i], found[i] = blocks[i-1], found[i-1]
+					i--
+				}
+				blocks[i], found[i] = b, row
+			}
+		}
+	}
+	out := make([]Verdict, len(found))
+	for i, row := range found {
+		out[i] = verdictOf(v, blocks[i], row)
+	}
+	return out
+}
