@@ -1,0 +1,100 @@
+# The commands of edgeward. `make` alone lists them: each is the line after its
+# double hash. `make demo` and `make test` need Go and nothing else; what they
+# miss they install or name.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# The suites measure times, and the tools are built once: nothing runs beside
+# anything else.
+.NOTPARALLEL:
+
+GO ?= go
+# How long `make fuzz` stays with each target.
+FUZZTIME ?= 20s
+# The packages that run inside Traefik, and so must also pass interpreted.
+INTERPRETED := ./internal/decision ./internal/lapi ./plugin
+# The linters are pinned in a module of their own, away from what users import.
+LINTER := $(GO) tool -modfile=test/lint/go.mod
+# Everything but the suites on the real tools. Expanded where it is used, so
+# that `make` alone asks Go nothing.
+UNIT = $$($(GO) list ./... | grep -v '/edgeward/test/')
+
+.PHONY: help
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: tools ## Run the whole gateway on this machine; ONCE=1 proves each step and exits
+	@$(GO) run ./test/demo $(if $(ONCE),-once)
+
+.PHONY: test
+test: test-plan tools lint test-race test-interpreted test-real ## Prove everything on the real tools: 10 minutes, 40 the first time
+
+.PHONY: test-plan
+test-plan:
+	@echo 'make test: the tools, then lint, then the units with -race, then the plugin interpreted by Yaegi,'
+	@echo 'make test: then the suites on the real Traefik and CrowdSec. On two cores about 10 minutes, and'
+	@echo 'make test: up to 30 more the first time, to build the tools; cut short, it resumes where it was.'
+
+.PHONY: test-quick
+test-quick: ## Run the unit tests alone: no real tools, no C compiler, under a minute
+	@$(GO) test $(UNIT)
+
+.PHONY: test-race
+test-race: ## Run the unit tests with the race detector
+	@$(GO) test -race $(UNIT)
+
+.PHONY: test-interpreted
+test-interpreted: ## Run the plugin's tests inside Yaegi, as Traefik would
+	@$(GO) run ./test/interpreted $(INTERPRETED)
+
+# One suite at a time, because they measure latencies; never from the cache,
+# because what they judge is the machine as it is.
+.PHONY: test-real
+test-real: ## Run the suites on the real Traefik and CrowdSec
+	@$(GO) test -count=1 -p 1 -timeout 30m ./test/...
+
+.PHONY: bench
+bench: tools ## Measure the cost of a request in the real Traefik, side by side
+	@$(GO) run ./test/benchmark
+
+.PHONY: fuzz
+fuzz: ## Give each fuzz target a short run; FUZZTIME=20s
+	@packages=$$($(GO) list ./...); \
+	for package in $$packages; do \
+		tests=$$($(GO) test -list '^Fuzz' "$$package"); \
+		for target in $$(sed -n '/^Fuzz/p' <<<"$$tests"); do \
+			echo "fuzz: $$target in $$package for $(FUZZTIME)"; \
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package"; \
+		done; \
+	done
+
+.PHONY: lint
+lint: ## Check format, go vet, staticcheck, and known vulnerabilities where their data can be had
+	@unformatted=$$(gofmt -s -l .); \
+	if [ -n "$$unformatted" ]; then echo "lint: gofmt -s would change:"; echo "$$unformatted"; exit 1; fi
+	@$(GO) vet ./...
+	@$(LINTER) staticcheck ./...
+	@status=0; said=$$(timeout 5m $(LINTER) govulncheck ./... 2>&1) || status=$$?; \
+	case "$$status:$$said" in \
+	0:*) ;; \
+	124:* | *'fetching vulnerabilities:'*) echo 'lint: known vulnerabilities not checked: the Go vulnerability database does not answer here';; \
+	*) echo "$$said"; exit 1;; \
+	esac
+
+.PHONY: build
+build: ## Compile every package; there are no binaries yet, the plugin is loaded as source
+	@$(GO) build ./...
+
+.PHONY: bundle
+bundle: ## Assemble in dist/ what Traefik loads, and check it with the real Yaegi
+	@$(GO) run ./test/bundle -o dist
+
+.PHONY: tools
+tools: ## Build the real Traefik, CrowdSec and Yaegi that the tests use; a second run costs nothing
+	@$(GO) run ./test/tools
+
+.PHONY: clean
+clean: ## Remove dist/; the built tools stay in their cache
+	@rm -rf dist
