@@ -77,6 +77,9 @@ func NewView(t *Table, p Policy) *View {
 	return v
 }
 
+// Table returns the table that v reads.
+func (v *View) Table() *Table { return v.table }
+
 // Verdict is what applies to an address and the decision that says so. The
 // zero Verdict is Allow.
 type Verdict struct {

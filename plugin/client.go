@@ -1,0 +1,87 @@
+package plugin
+
+import (
+	"net/http"
+	"net/netip"
+	"net/textproto"
+	"strings"
+
+	"github.com/edgeward/edgeward/internal/decision"
+)
+
+// proxyPresets are the words that client.trustedProxies knows. Cloudflare's
+// ranges are the published ones (cloudflare.com/ips); private are those of RFC
+// 1918, RFC 6598 and RFC 4193, loopback and link-local.
+var proxyPresets = map[string][]string{
+	"cloudflare": {
+		"173.245.48.0/20", "103.21.244.0/22", "103.22.200.0/22", "103.31.4.0/22", "141.101.64.0/18",
+		"108.162.192.0/18", "190.93.240.0/20", "188.114.96.0/20", "197.234.240.0/22", "198.41.128.0/17",
+		"162.158.0.0/15", "104.16.0.0/13", "104.24.0.0/14", "172.64.0.0/13", "131.0.72.0/22",
+		"2400:cb00::/32", "2606:4700::/32", "2803:f800::/32", "2405:b500::/32", "2405:8100::/32",
+		"2a06:98c0::/29", "2c0f:f248::/32",
+	},
+	"private": {
+		"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
+		"fc00::/7", "::1/128", "fe80::/10",
+	},
+}
+
+func canonical(header string) string { return textproto.CanonicalMIMEHeaderKey(header) }
+
+// clientAddr returns whom a request is from, given the peer that made the
+// connection. A peer that is not trusted is the client, whatever it says. In
+// X-Forwarded-For each proxy adds on the right the address that it saw, so the
+// walk from the right ends at the first address that is not a trusted proxy:
+// what stands further left is that client's own claim. An entry that cannot be
+// read ends the walk at the proxy that wrote it. Any other header must hold one
+// single address.
+func clientAddr(trusted *decision.Ranges, header string, req *http.Request, peer netip.Addr) netip.Addr {
+	if !decision.Contains(trusted, peer) {
+		return peer
+	}
+	if header != "" {
+		values := req.Header[header]
+		if len(values) != 1 {
+			return peer
+		}
+		if addr, ok := hop(values[0]); ok {
+			return addr
+		}
+		return peer
+	}
+	values := req.Header["X-Forwarded-For"]
+	addr := peer
+	for i := len(values) - 1; i >= 0; i-- {
+		rest := values[i]
+		for {
+			comma := strings.LastIndexByte(rest, ',')
+			next, ok := hop(rest[comma+1:])
+			if !ok {
+				return addr
+			}
+			addr = next
+			if !decision.Contains(trusted, addr) {
+				return addr
+			}
+			if comma < 0 {
+				break
+			}
+			rest = rest[:comma]
+		}
+	}
+	return addr
+}
+
+// hop reads one entry of a forwarding header: an address, perhaps with a port.
+func hop(text string) (netip.Addr, bool) {
+	text = strings.TrimSpace(text)
+	addr, err := netip.ParseAddr(text)
+	if err != nil {
+		withPort, err := netip.ParseAddrPort(text)
+		if err != nil {
+			return netip.Addr{}, false
+		}
+		addr = withPort.Addr()
+	}
+	return addr.Unmap().WithZone(""), true
+}

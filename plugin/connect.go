@@ -1,0 +1,127 @@
+package plugin
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+)
+
+// tlsSource is a TLSConfig understood. Each part is PEM, given itself or by
+// file.
+type tlsSource struct {
+	ca, caFile, cert, certFile, key, keyFile, serverName string
+}
+
+// connect returns the HTTP client for a source, and what adds the API key to a
+// request. Nothing is read or dialled before the first request, and key files
+// are read for each, so that a rotated secret takes effect by itself.
+func connect(s source) (*http.Client, func(*http.Request) error) {
+	dialer := &net.Dialer{Timeout: s.timeout}
+	transport := &http.Transport{
+		MaxIdleConnsPerHost:   1,
+		IdleConnTimeout:       2*s.interval + 30*time.Second,
+		TLSHandshakeTimeout:   s.timeout,
+		ExpectContinueTimeout: time.Second,
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if s.socket != "" {
+				return dialer.DialContext(ctx, "unix", s.socket)
+			}
+			return dialer.DialContext(ctx, network, addr)
+		},
+		DialTLSContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			config, err := tlsConfig(s.tls, addr)
+			if err != nil {
+				return nil, err
+			}
+			conn, err := dialer.DialContext(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			client := tls.Client(conn, config)
+			if err := client.HandshakeContext(ctx); err != nil {
+				_ = conn.Close()
+				return nil, err
+			}
+			return client, nil
+		},
+	}
+	client := &http.Client{
+		Transport: transport,
+		// LAPI never redirects; following one would carry the key away.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	if s.key == "" && s.keyFile == "" {
+		return client, nil
+	}
+	return client, func(req *http.Request) error {
+		key := s.key
+		if s.keyFile != "" {
+			text, err := os.ReadFile(s.keyFile)
+			if err != nil {
+				return fmt.Errorf("read lapi.keyFile: %w", err)
+			}
+			key = string(text)
+		}
+		key = strings.TrimSpace(key)
+		if key == "" {
+			return errors.New("read lapi key: it is empty")
+		}
+		req.Header.Set("X-Api-Key", key)
+		return nil
+	}
+}
+
+func tlsConfig(t tlsSource, addr string) (*tls.Config, error) {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		host = addr
+	}
+	config := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: host}
+	if t.serverName != "" {
+		config.ServerName = t.serverName
+	}
+	ca, err := pemOf("ca", t.ca, t.caFile)
+	if err != nil {
+		return nil, err
+	}
+	if len(ca) > 0 {
+		config.RootCAs = x509.NewCertPool()
+		if !config.RootCAs.AppendCertsFromPEM(ca) {
+			return nil, errors.New("read lapi.tls.ca: no PEM certificate in it")
+		}
+	}
+	cert, err := pemOf("cert", t.cert, t.certFile)
+	if err != nil {
+		return nil, err
+	}
+	if len(cert) > 0 {
+		key, err := pemOf("key", t.key, t.keyFile)
+		if err != nil {
+			return nil, err
+		}
+		pair, err := tls.X509KeyPair(cert, key)
+		if err != nil {
+			return nil, fmt.Errorf("read lapi.tls client certificate: %w", err)
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return config, nil
+}
+
+func pemOf(what, text, file string) ([]byte, error) {
+	if file == "" {
+		return []byte(text), nil
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("read lapi.tls.%sFile: %w", what, err)
+	}
+	return b, nil
+}
