@@ -1,0 +1,3 @@
+module github.com/edgeward/edgeward/test/emptyplugin
+
+go 1.22
