@@ -28,14 +28,14 @@ var proxyPresets = map[string][]string{
 
 func canonical(header string) string { return textproto.CanonicalMIMEHeaderKey(header) }
 
-// clientAddr returns whom a request is from, given the peer that made the
-// connection. A peer that is not trusted is the client, whatever it says. In
-// X-Forwarded-For each proxy adds on the right the address that it saw, so the
-// walk from the right ends at the first address that is not a trusted proxy:
-// what stands further left is that client's own claim. An entry that cannot be
-// read ends the walk at the proxy that wrote it. Any other header must hold one
-// single address.
-func clientAddr(trusted *decision.Ranges, header string, req *http.Request, peer netip.Addr) netip.Addr {
+// clientOf returns the octets of the address that a request is from, given
+// those of the peer that made the connection. A peer that is not trusted is the
+// client, whatever it says. In X-Forwarded-For each proxy adds on the right the
+// address that it saw, so the walk from the right ends at the first address
+// that is not a trusted proxy: what stands further left is that client's own
+// claim. An entry that cannot be read ends the walk at the proxy that wrote it.
+// Any other header must hold one single address.
+func clientOf(trusted *decision.Ranges, header string, req *http.Request, peer []byte) []byte {
 	if !decision.Contains(trusted, peer) {
 		return peer
 	}
@@ -44,44 +44,54 @@ func clientAddr(trusted *decision.Ranges, header string, req *http.Request, peer
 		if len(values) != 1 {
 			return peer
 		}
-		if addr, ok := hop(values[0]); ok {
-			return addr
+		if client := hop(values[0]); client != nil {
+			return client
 		}
 		return peer
 	}
 	values := req.Header["X-Forwarded-For"]
-	addr := peer
+	client := peer
 	for i := len(values) - 1; i >= 0; i-- {
 		rest := values[i]
 		for {
 			comma := strings.LastIndexByte(rest, ',')
-			next, ok := hop(rest[comma+1:])
-			if !ok {
-				return addr
+			next := hop(rest[comma+1:])
+			if next == nil {
+				return client
 			}
-			addr = next
-			if !decision.Contains(trusted, addr) {
-				return addr
-			}
+			client = next
 			if comma < 0 {
 				break
 			}
+			if !decision.Contains(trusted, client) {
+				return client
+			}
 			rest = rest[:comma]
 		}
+		if i > 0 && !decision.Contains(trusted, client) {
+			return client
+		}
 	}
-	return addr
+	return client
 }
 
 // hop reads one entry of a forwarding header: an address, perhaps with a port.
-func hop(text string) (netip.Addr, bool) {
-	text = strings.TrimSpace(text)
+// It returns nil for anything else.
+func hop(text string) []byte {
 	addr, err := netip.ParseAddr(text)
+	if err == nil && addr.Is4() {
+		return addr.AsSlice()
+	}
+	if err != nil {
+		text = strings.TrimSpace(text)
+		addr, err = netip.ParseAddr(text)
+	}
 	if err != nil {
 		withPort, err := netip.ParseAddrPort(text)
 		if err != nil {
-			return netip.Addr{}, false
+			return nil
 		}
 		addr = withPort.Addr()
 	}
-	return addr.Unmap().WithZone(""), true
+	return addr.Unmap().AsSlice()
 }

@@ -215,6 +215,8 @@ type limitRule struct {
 	bits6    int
 	exempt   *decision.Ranges
 	hide     bool
+	always   bool // for every request
+	simple   bool // counts by single IPv4 addresses
 }
 
 // checker gathers what is wrong, so that all of it is reported at once.
@@ -475,6 +477,8 @@ func understandLimit(c *checker, s *settings, at string, r *RateLimitConfig, nam
 		}
 		rule.methods[strings.ToUpper(m)] = true
 	}
+	rule.always = rule.hosts == nil && rule.suffixes == nil && rule.prefixes == nil && rule.methods == nil && rule.exempt == nil
+	rule.simple = rule.header == "" && rule.bits4 == 32
 	s.limits = append(s.limits, rule)
 }
 

@@ -46,7 +46,7 @@ func (s source) place() string { return s.url + " " + s.socket }
 // engine keeps one table in step with one LAPI. All middlewares with the same
 // LAPI and credentials share it.
 type engine struct {
-	table  atomic.Value // *decision.Table, never nil
+	screen atomic.Value // *decision.Screen of the table in force, never nil
 	pulled atomic.Int64 // Unix ns of the last good pull; 0 for never
 	log    *slog.Logger
 	stop   context.CancelFunc // ends the engine
@@ -117,12 +117,12 @@ func (r *engineRegistry) settle(e *engine) {
 func (r *engineRegistry) start(id string, s source, log *slog.Logger) *engine {
 	ctx, cancel := context.WithCancel(context.Background())
 	e := &engine{wanted: s, log: log, stop: cancel}
-	e.table.Store(decision.NewStore().Compile())
+	e.screen.Store(emptyScreen())
 	// A new key for the same LAPI: what was known stays known until the
 	// first pull.
 	for _, other := range r.all {
 		if other.wanted.place() == s.place() && other.pulled.Load() > e.pulled.Load() {
-			e.table.Store(other.table.Load())
+			e.screen.Store(other.screen.Load())
 			e.pulled.Store(other.pulled.Load())
 		}
 	}
@@ -163,8 +163,14 @@ func (r *engineRegistry) release(s source) {
 	})
 }
 
-// current returns the table in force.
-func (e *engine) current() *decision.Table { return e.table.Load().(*decision.Table) }
+func emptyScreen() *decision.Screen {
+	return decision.NewScreen(decision.NewStore().Compile(), nil)
+}
+
+// publish puts a table in force.
+func (e *engine) publish(t *decision.Table) {
+	e.screen.Store(decision.NewScreen(t, e.screen.Load().(*decision.Screen)))
+}
 
 // stale reports whether nothing can be known: no good pull within maxAge.
 func (e *engine) stale(now time.Time, maxAge time.Duration) bool {
@@ -234,7 +240,7 @@ func (e *engine) follow(ctx context.Context, s source) (panicked bool) {
 			Commit: func() bool {
 				now := time.Now()
 				outcome := store.Apply(delta, now)
-				e.table.Store(store.Compile())
+				e.publish(store.Compile())
 				e.pulled.Store(now.UnixNano())
 				if delta.Full || delta.Len()+delta.Deleted() > 0 {
 					e.log.Debug("decisions applied", "component", "engine", "full", delta.Full, "added", delta.Len(), "removed", delta.Deleted())
@@ -245,7 +251,7 @@ func (e *engine) follow(ctx context.Context, s source) (panicked bool) {
 				delta = nil
 				if store.Due() {
 					store.Fold(now)
-					e.table.Store(store.Compile())
+					e.publish(store.Compile())
 				}
 				return outcome.Doubt
 			},

@@ -34,13 +34,13 @@ import (
 //     the line began and has not overflowed since, holds the level. It is read,
 //     the next burst is reserved from it, and a new line begins.
 //
-// Nothing accumulates along a line, so rounding does not either. A client that
-// stays below its rate fills its bucket now and then and never enters rate at
-// all; the greediest enters it once per burst requests.
+// Nothing accumulates along a line, so rounding does not either. The greediest
+// client enters rate once per burst requests, and one whose bucket fills up in
+// between, which is nearly everyone, never.
 //
 // All times are nanoseconds of one monotonic clock, handed in by the caller.
-// The hot path is functions, not methods, and short ones with the rare cases
-// put out: interpreted, a method call costs three times a function call, and
+// The hot path is functions, not methods, and the rare cases have functions of
+// their own: interpreted, a method call costs three times a function call, and
 // each expression of a body costs an allocation per call, run or not.
 
 const (
@@ -126,8 +126,8 @@ type limitBucket struct {
 	group  string        // aggregate it is counted under, or ""
 }
 
-// limiter applies one policy. It is safe for concurrent use; take holds its
-// mutex for a map lookup and some arithmetic.
+// limiter applies one policy. It is safe for concurrent use; limitTake holds
+// its mutex for a map lookup and some arithmetic.
 //
 // The table has two generations. A request moves its bucket to the young one;
 // when that holds half the bound, it becomes the old one, and the old one is
@@ -146,10 +146,10 @@ type limiter struct {
 	tokens int     // burst
 	limit  rate.Limit
 
-	policyValue string   // RateLimit-Policy field value
-	prefix      string   // `"name";r=`
-	values      []string // RateLimit field values by r, up to t
-	table       float64  // len(values) if they are whole, since t is always 1, else 0
+	policyValue string     // RateLimit-Policy field value
+	prefix      string     // `"name";r=`
+	values      [][]string // RateLimit field values by r, up to t
+	table       float64    // len(values) if they are whole, since t is always 1, else 0
 
 	half    int   // keys in a generation
 	members int   // keys in an aggregate
@@ -206,7 +206,7 @@ func newLimiter(p limitPolicy) *limiter {
 //
 // Racing callers may hand in times slightly out of order; the decision is then
 // the one due at the later time, or at most that much stricter.
-func limitTake(l *limiter, now int64, key, aggregate string) (retryAfter int, value string) {
+func limitTake(l *limiter, now int64, key, aggregate string) (retryAfter int, value []string) {
 	l.mu.Lock()
 	b := l.young[key]
 	if b == nil {
@@ -232,7 +232,7 @@ func limitTake(l *limiter, now int64, key, aggregate string) (retryAfter int, va
 
 // limitTakeLocked is the rest of limitTake for a bucket without a token or
 // without a lease. It unlocks l.
-func limitTakeLocked(l *limiter, b *limitBucket, now int64, level float64) (retryAfter int, value string) {
+func limitTakeLocked(l *limiter, b *limitBucket, now int64, level float64) (retryAfter int, value []string) {
 	if b.left < 1 {
 		level = limitRenew(l, b, now)
 	} else if b.ledger == nil && now < b.empty {
@@ -246,7 +246,7 @@ func limitTakeLocked(l *limiter, b *limitBucket, now int64, level float64) (retr
 	}
 	l.mu.Unlock()
 	retryAfter = int(math.Ceil(-level * l.wait))
-	return retryAfter, l.prefix + "0;t=" + strconv.Itoa(retryAfter)
+	return retryAfter, []string{l.prefix + "0;t=" + strconv.Itoa(retryAfter)}
 }
 
 // limitRenew begins a new line at time now: it reads the level from the ledger
@@ -270,16 +270,16 @@ func limitRenew(l *limiter, b *limitBucket, now int64) float64 {
 // window, the time within which the client can use no more than r: the seconds,
 // rounded up, until r has grown by one if the client rests. At r=0 it equals
 // Retry-After, as the draft wants it.
-func limitValue(l *limiter, level float64) string {
+func limitValue(l *limiter, level float64) []string {
 	r := int(level)
 	if level < l.table {
 		return l.values[r]
 	}
 	t := strconv.Itoa(int(math.Ceil((float64(r+1) - level) * l.wait)))
 	if r < len(l.values) {
-		return l.values[r] + t
+		return []string{l.values[r][0] + t}
 	}
-	return l.prefix + strconv.Itoa(r) + ";t=" + t
+	return []string{l.prefix + strconv.Itoa(r) + ";t=" + t}
 }
 
 // limitRender prepares the header values.
@@ -300,7 +300,7 @@ func limitRender(l *limiter, p limitPolicy) {
 		tail = ";t=1"
 	}
 	for r := 0; r < p.Burst && r < limitMaxTable; r++ {
-		l.values = append(l.values, l.prefix+strconv.Itoa(r)+tail)
+		l.values = append(l.values, []string{l.prefix + strconv.Itoa(r) + tail})
 	}
 	if l.wait <= 1 {
 		l.table = float64(len(l.values))
@@ -356,14 +356,6 @@ func limitLeave(l *limiter, key string) *limitBucket {
 		}
 	}
 	return b
-}
-
-// limitLive returns the number of buckets held.
-func limitLive(l *limiter) int {
-	l.mu.Lock()
-	n := len(l.young) + len(l.old)
-	l.mu.Unlock()
-	return n
 }
 
 // limitHash bounds the length of a key. It is cryptographic because clients

@@ -21,7 +21,7 @@ type limitRegistry struct {
 }
 
 // acquire returns the limiter of a policy that passed check. Each acquire is
-// paired with one release. now is on the clock of take.
+// paired with one release. now is on the clock of limitTake.
 func (r *limitRegistry) acquire(p limitPolicy, now int64) *limiter {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -98,7 +98,8 @@ func limitCheck(l *limiter, e *limitExact, naive *rate.Limiter, now int64) error
 }
 
 // limitParse reads r and t of a RateLimit value.
-func limitParse(value string) (r, t int, err error) {
+func limitParse(values []string) (r, t int, err error) {
+	value := values[0]
 	i := strings.LastIndex(value, ";r=")
 	j := strings.LastIndex(value, ";t=")
 	if i < 0 || j < i {
@@ -109,6 +110,14 @@ func limitParse(value string) (r, t int, err error) {
 	}
 	t, err = strconv.Atoi(value[j+3:])
 	return r, t, err
+}
+
+// limitLive returns the number of buckets held.
+func limitLive(l *limiter) int {
+	l.mu.Lock()
+	n := len(l.young) + len(l.old)
+	l.mu.Unlock()
+	return n
 }
 
 func limitNaive(p limitPolicy) *rate.Limiter {
@@ -312,11 +321,11 @@ func TestLimitHeaderValues(t *testing.T) {
 		{limitPolicy{Name: `a "b" \c`, Average: 1, Period: time.Second, Burst: 1}, 1, `"a \"b\" \\c";q=1;w=1`, `"a \"b\" \\c";r=0;t=1`, 0},
 	} {
 		l := newLimiter(c.policy)
-		retry, value := 0, ""
+		retry, value := 0, []string(nil)
 		for i := 0; i < c.taken; i++ {
 			retry, value = limitTake(l, 5, "k", "")
 		}
-		if l.policyValue != c.wantP || value != c.want || retry != c.retry {
+		if l.policyValue != c.wantP || value[0] != c.want || retry != c.retry {
 			t.Errorf("%d taken of %+v: %s, %s, retry %d; want %s, %s, %d",
 				c.taken, c.policy, l.policyValue, value, retry, c.wantP, c.want, c.retry)
 		}
@@ -363,7 +372,7 @@ func TestLimitOvertakenTimes(t *testing.T) {
 		}
 	}
 	for _, at := range []int64{now, now - int64(time.Minute), now + 1} {
-		if retry, value := limitTake(l, at, "k", ""); retry == 0 || !strings.HasPrefix(value, `"n";r=0;t=`) {
+		if retry, value := limitTake(l, at, "k", ""); retry == 0 || !strings.HasPrefix(value[0], `"n";r=0;t=`) {
 			t.Errorf("request after the burst: retry %d, %s", retry, value)
 		}
 	}
@@ -495,6 +504,20 @@ func TestLimitAggregateShares(t *testing.T) {
 		if retry, _ := limitTake(l, now, "2001:db8:1:aaaa::/64", "2001:db8:1::/48"); retry != 0 {
 			t.Error("refused after the flood")
 		}
+	}
+}
+
+// A member that moves between the generations is counted once.
+func TestLimitAggregateCountsMembersOnce(t *testing.T) {
+	l := newLimiter(limitPolicy{Name: "n", Average: 1, Period: time.Second, Burst: 1, Members: 2})
+	limitTake(l, 0, "a", "group")
+	for i := int64(1); i <= 5; i++ {
+		limitTake(l, i*limitMinTurn, "turn"+strconv.Itoa(int(i)), "") // a is old now
+		limitTake(l, i*limitMinTurn, "a", "group")
+	}
+	limitTake(l, 5*limitMinTurn, "b", "group")
+	if retry, _ := limitTake(l, 5*limitMinTurn, "c", "group"); retry != 0 {
+		t.Error("the third member does not find the shared bucket full: the second was sent there")
 	}
 }
 

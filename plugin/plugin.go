@@ -19,11 +19,13 @@ package plugin
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"html/template"
 	"net/http"
 	"net/netip"
 	"os"
+	"sort"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -34,14 +36,15 @@ import (
 // epoch is the zero of the limiters' monotonic clock.
 var epoch = time.Now()
 
-// handler is one middleware on one router.
+// handler is one middleware on one router. It is right for every configuration;
+// direct and limited are short ways for the most common ones.
 type handler struct {
 	next     http.Handler
 	name     string
 	settings *settings
-	engine   *engine // nil without LAPI
-	table    *atomic.Value
-	view     atomic.Value // *decision.View of the table seen last
+	engine   *engine       // nil without LAPI
+	screen   *atomic.Value // of *decision.Screen
+	view     atomic.Value  // *decision.View of the table seen last
 	trusted  *decision.Ranges
 	closed   bool // refuse whom nothing can be known of
 	limits   []*limit
@@ -54,6 +57,7 @@ type handler struct {
 type limit struct {
 	rule    limitRule
 	limiter *limiter
+	shown   []string // the RateLimit-Policy header, nil where headers are hidden
 }
 
 // throttlePolicy is what a throttle decision means.
@@ -77,14 +81,21 @@ func New(ctx context.Context, next http.Handler, config *Config, name string) (h
 		trusted:  s.trusted,
 		page:     page(s.pageFile, log),
 		log:      newBlockLog(log, name, s.observe),
+		screen:   &atomic.Value{},
 	}
 	now := int64(time.Since(epoch))
 	for _, rule := range s.limits {
-		h.limits = append(h.limits, &limit{rule: rule, limiter: limiters.acquire(rule.policy, now)})
+		l := &limit{rule: rule, limiter: limiters.acquire(rule.policy, now)}
+		if !rule.hide && !s.observe {
+			l.shown = []string{l.limiter.policyValue}
+		}
+		h.limits = append(h.limits, l)
 	}
-	if s.lapi.url != "" {
+	if s.lapi.url == "" {
+		h.screen.Store(emptyScreen())
+	} else {
 		h.engine = engines.acquire(s.lapi, log)
-		h.table = &h.engine.table
+		h.screen = &h.engine.screen
 		h.closed = s.failClosed
 		h.throttle = limiters.acquire(throttlePolicy, now)
 	}
@@ -92,6 +103,15 @@ func New(ctx context.Context, next http.Handler, config *Config, name string) (h
 		defer func() { _ = recover() }()
 		h.close()
 	})
+	if h.closed || h.trusted != nil {
+		return h, nil
+	}
+	if h.limits == nil {
+		return &direct{next: next, screen: h.screen, all: h}, nil
+	}
+	if first := h.limits[0]; len(h.limits) == 1 && first.rule.always && first.rule.simple {
+		return &limited{next: next, screen: h.screen, limiter: first.limiter, shown: first.shown, all: h}, nil
+	}
 	return h, nil
 }
 
@@ -108,33 +128,92 @@ func (h *handler) close() {
 	}
 }
 
-// ServeHTTP implements http.Handler. It is the hot path: most requests see one
-// parsed address and one binary search.
+// ServeHTTP implements http.Handler for every configuration.
 func (h *handler) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
-	peer, err := netip.ParseAddrPort(req.RemoteAddr)
-	addr := peer.Addr()
-	if !addr.Is4() {
-		addr = addr.Unmap().WithZone("")
+	peer, _ := netip.ParseAddrPort(req.RemoteAddr)
+	serve(h, rw, req, resolve(h, req, peer.Addr().AsSlice()))
+}
+
+// serve is what happens to a request of the client with these octets.
+func serve(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte) {
+	if (h.closed || decision.Covered(h.screen.Load().(*decision.Screen).Table, octets)) && judge(h, rw, req, octets) {
+		return
 	}
-	if h.trusted != nil {
-		addr = clientAddr(h.trusted, h.settings.header, req, addr)
-	}
-	if h.table != nil && (h.closed || decision.Covered(h.table.Load().(*decision.Table), addr)) {
-		if judge(h, rw, req, addr) {
-			return
-		}
-	}
-	if h.limits != nil && err == nil && overLimit(h, rw, req, addr) {
+	if h.limits != nil && overLimit(h, rw, req, octets) {
 		return
 	}
 	h.next.ServeHTTP(rw, req)
 }
 
+// direct is the short way for a middleware that only enforces decisions on
+// whoever makes the connection. What it cannot settle at a glance goes to the
+// handler. It is the hot path: one parsed address, one binary search.
+type direct struct {
+	next   http.Handler
+	screen *atomic.Value
+	all    *handler
+}
+
+// ServeHTTP implements http.Handler.
+func (h *direct) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
+	peer, _ := netip.ParseAddrPort(req.RemoteAddr)
+	octets := peer.Addr().AsSlice()
+	if len(octets) != 4 || sort.SearchInts(h.screen.Load().(*decision.Screen).Four, int(binary.BigEndian.Uint32(octets))+1)&1 == 1 {
+		serve(h.all, rw, req, resolve(h.all, req, octets))
+		return
+	}
+	h.next.ServeHTTP(rw, req)
+}
+
+// limited is direct with one rate limit that counts every request by address.
+// It repeats direct's lines because a call would cost as much as they do.
+type limited struct {
+	next    http.Handler
+	screen  *atomic.Value
+	limiter *limiter
+	shown   []string
+	all     *handler
+}
+
+// ServeHTTP implements http.Handler.
+func (h *limited) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
+	peer, _ := netip.ParseAddrPort(req.RemoteAddr)
+	octets := peer.Addr().AsSlice()
+	if len(octets) != 4 || sort.SearchInts(h.screen.Load().(*decision.Screen).Four, int(binary.BigEndian.Uint32(octets))+1)&1 == 1 {
+		serve(h.all, rw, req, resolve(h.all, req, octets))
+		return
+	}
+	retry, value := limitTake(h.limiter, int64(time.Since(epoch)), string(octets), "")
+	if retry > 0 && exceeded(h.all, h.all.limits[0], rw, req, octets, retry, value) {
+		return
+	}
+	if h.shown != nil {
+		header := rw.Header()
+		header["Ratelimit-Policy"] = h.shown
+		header["Ratelimit"] = value
+	}
+	h.next.ServeHTTP(rw, req)
+}
+
+// resolve finds the client behind a peer that is not simply the client, or that
+// is an IPv4 address in IPv6 clothing.
+func resolve(h *handler, req *http.Request, octets []byte) []byte {
+	if len(octets) == 16 {
+		addr, _ := netip.AddrFromSlice(octets)
+		octets = addr.Unmap().AsSlice()
+	}
+	if h.trusted != nil {
+		octets = clientOf(h.trusted, h.settings.header, req, octets)
+	}
+	return octets
+}
+
 // judge looks an address up for good and answers the request if it must not
 // pass; it reports whether it did.
-func judge(h *handler, rw http.ResponseWriter, req *http.Request, addr netip.Addr) bool {
+func judge(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte) bool {
 	now := time.Now()
-	table := h.engine.current()
+	addr, _ := netip.AddrFromSlice(octets)
+	table := h.screen.Load().(*decision.Screen).Table
 	view, _ := h.view.Load().(*decision.View)
 	if view == nil || view.Table() != table {
 		view = decision.NewView(table, h.settings.policy)
@@ -143,12 +222,12 @@ func judge(h *handler, rw http.ResponseWriter, req *http.Request, addr netip.Add
 	verdict := view.Lookup(addr, now)
 	switch verdict.Remediation {
 	case decision.Allow:
-		if !h.closed || !h.engine.stale(now, h.settings.maxAge) || decision.Contains(h.settings.policy.Allow, addr) {
+		if !h.closed || !h.engine.stale(now, h.settings.maxAge) || decision.Contains(h.settings.policy.Allow, octets) {
 			return false
 		}
 		return refuse(h, rw, req, refusal{Status: 503, Reason: "This site cannot tell friend from foe just now. Try again in a minute.", Address: addr.String(), slug: "stale"}, decision.Verdict{})
 	case decision.Throttle:
-		key, group := limitKey(addr, 32, 64)
+		key, group := limitKey(octets, 32, 64)
 		retry, _ := limitTake(h.throttle, int64(time.Since(epoch)), key, group)
 		if retry == 0 {
 			return false
@@ -174,55 +253,74 @@ func refuse(h *handler, rw http.ResponseWriter, req *http.Request, r refusal, v 
 
 // overLimit counts a request against each limit that is for it and answers it
 // if one is exceeded; it reports whether it did.
-func overLimit(h *handler, rw http.ResponseWriter, req *http.Request, addr netip.Addr) bool {
+func overLimit(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte) bool {
 	now := int64(time.Since(epoch))
 	policies, values := "", ""
 	for _, l := range h.limits {
-		if !limitApplies(&l.rule, req) || decision.Contains(l.rule.exempt, addr) {
+		if !l.rule.always && !limitApplies(&l.rule, req, octets) {
 			continue
 		}
 		key, group := "", ""
-		if l.rule.header != "" {
-			key = req.Header.Get(l.rule.header)
-		}
-		if key != "" {
-			key = "\x00h" + key
-			if len(key) > limitMaxKey {
-				key = limitHash(key)
-			}
+		if l.rule.simple && len(octets) == 4 {
+			key = string(octets)
 		} else {
-			key, group = limitKey(addr, l.rule.bits4, l.rule.bits6)
+			key, group = requestKey(&l.rule, req, octets)
 		}
 		retry, value := limitTake(l.limiter, now, key, group)
 		if retry > 0 {
-			if !h.settings.observe {
-				header := rw.Header()
-				header["Retry-After"] = []string{strconv.Itoa(retry)}
-				if !l.rule.hide {
-					header["Ratelimit-Policy"] = []string{l.limiter.policyValue}
-					header["Ratelimit"] = []string{value}
-				}
-			}
-			r := refusal{Status: 429, Reason: "Too many requests. Try again in " + strconv.Itoa(retry) + " s.", Address: addr.String(), slug: "rate limit", logged: l.rule.policy.Name}
-			if refuse(h, rw, req, r, decision.Verdict{}) {
+			if exceeded(h, l, rw, req, octets, retry, value) {
 				return true
 			}
 			continue
 		}
-		if l.rule.hide {
+		if l.shown == nil {
 			continue
 		}
 		if policies == "" {
-			policies, values = l.limiter.policyValue, value
+			policies = l.shown[0]
+			values = value[0]
 		} else {
-			policies += ", " + l.limiter.policyValue
-			values += ", " + value
+			policies += ", " + l.shown[0]
+			values += ", " + value[0]
 		}
 	}
-	if policies != "" && !h.settings.observe {
+	if policies != "" {
 		header := rw.Header()
 		header["Ratelimit-Policy"] = []string{policies}
 		header["Ratelimit"] = []string{values}
 	}
 	return false
+}
+
+// requestKey names the count of a request, and the network whose counts are
+// bounded together. A header's value is the client's to choose, so its counts
+// are bounded by the client's own network.
+func requestKey(rule *limitRule, req *http.Request, octets []byte) (key, group string) {
+	key, group = limitKey(octets, rule.bits4, rule.bits6)
+	if rule.header == "" {
+		return key, group
+	}
+	value := req.Header.Get(rule.header)
+	if value == "" {
+		return key, group
+	}
+	if group == "" {
+		group = key
+	}
+	return "header " + value, group
+}
+
+// exceeded answers a request that is over a limit, or lets an observer note it.
+func exceeded(h *handler, l *limit, rw http.ResponseWriter, req *http.Request, octets []byte, retry int, value []string) bool {
+	if !h.settings.observe {
+		header := rw.Header()
+		header["Retry-After"] = []string{strconv.Itoa(retry)}
+		if l.shown != nil {
+			header["Ratelimit-Policy"] = l.shown
+			header["Ratelimit"] = value
+		}
+	}
+	addr, _ := netip.AddrFromSlice(octets)
+	r := refusal{Status: 429, Reason: "Too many requests. Try again in " + strconv.Itoa(retry) + " s.", Address: addr.String(), slug: "rate limit", logged: l.rule.policy.Name}
+	return refuse(h, rw, req, r, decision.Verdict{})
 }

@@ -2,12 +2,16 @@ package plugin
 
 import (
 	"net/http"
-	"net/netip"
 	"strings"
+
+	"github.com/edgeward/edgeward/internal/decision"
 )
 
-// limitApplies reports whether a request is one that a rule is for.
-func limitApplies(rule *limitRule, req *http.Request) bool {
+// limitApplies reports whether a request of a client is one that a rule is for.
+func limitApplies(rule *limitRule, req *http.Request, octets []byte) bool {
+	if rule.exempt != nil && decision.Contains(rule.exempt, octets) {
+		return false
+	}
 	if rule.methods != nil && !rule.methods[req.Method] {
 		return false
 	}
@@ -54,23 +58,25 @@ func hostOf(host string) string {
 // limitKey names the count of a client: its address, or the range of the given
 // length around it. group names the larger network that keeps an IPv6 client
 // from having any number of counts: the /48 around ranges smaller than that.
-func limitKey(addr netip.Addr, bits4, bits6 int) (key, group string) {
-	if addr.Is4() {
+func limitKey(octets []byte, bits4, bits6 int) (key, group string) {
+	if len(octets) == 4 {
 		if bits4 == 32 {
-			return addr.String(), ""
+			return string(octets), ""
 		}
-		return network(addr, bits4), ""
+		return "4" + network(octets, bits4), ""
 	}
-	if bits6 > 48 {
-		group = network(addr, 48)
+	if bits6 > 48 && len(octets) == 16 {
+		group = string(octets[:6])
 	}
-	return network(addr, bits6), group
+	return "6" + network(octets, bits6), group
 }
 
-func network(addr netip.Addr, bits int) string {
-	prefix, err := addr.Prefix(bits)
-	if err != nil {
-		return ""
+// network returns the octets of the range of the given length around an
+// address.
+func network(octets []byte, bits int) string {
+	whole := bits / 8
+	if bits%8 == 0 || len(octets) <= whole {
+		return string(octets[:whole])
 	}
-	return prefix.String()
+	return string(octets[:whole]) + string([]byte{octets[whole] &^ (255 >> uint(bits%8))})
 }

@@ -166,9 +166,19 @@ func rowOf(b *block, id int) int {
 // nodeOf returns the innermost node that encloses addr, or -1.
 func nodeOf(b *block, addr netip.Addr) int32 {
 	if addr.Is4() {
-		return b.seg4[sort.SearchInts(b.bounds4, intOf(addr)+1)-1]
+		return nodeOf4(b, intOf(addr)+1)
 	}
-	return b.seg6[sort.SearchStrings(b.bounds6, string(append(addr.AsSlice(), 0)))-1]
+	return nodeOf6(b, string(addr.AsSlice())+"\x00")
+}
+
+// nodeOf4 and nodeOf6 search by the key just behind an address, which makes the
+// bound at the address itself count as not behind it.
+func nodeOf4(b *block, behind int) int32 {
+	return b.seg4[sort.SearchInts(b.bounds4, behind)-1]
+}
+
+func nodeOf6(b *block, behind string) int32 {
+	return b.seg6[sort.SearchStrings(b.bounds6, behind)-1]
 }
 
 // nodeOfRow returns the node that a row belongs to.

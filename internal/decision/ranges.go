@@ -1,6 +1,7 @@
 package decision
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"sort"
 )
@@ -57,15 +58,15 @@ func NewRanges(prefixes []netip.Prefix) *Ranges {
 	return r
 }
 
-// Contains reports whether addr lies in one of the prefixes of r; a nil r
-// holds nothing. IPv4-mapped addresses must be unmapped by the caller.
-func Contains(r *Ranges, addr netip.Addr) bool {
+// Contains reports whether the address with these octets, 4 or 16 of them, lies
+// in one of the prefixes of r; a nil r holds nothing. IPv4-mapped addresses must
+// be unmapped by the caller.
+func Contains(r *Ranges, octets []byte) bool {
 	if r == nil || r.n == 0 {
 		return false
 	}
-	if addr.Is4() {
-		b := addr.As4()
-		return sort.SearchInts(r.four, int(b[0])<<24|int(b[1])<<16|int(b[2])<<8|int(b[3])+1)&1 == 1
+	if len(octets) == 4 {
+		return sort.SearchInts(r.four, int(binary.BigEndian.Uint32(octets))+1)&1 == 1
 	}
-	return sort.SearchStrings(r.six, string(append(addr.AsSlice(), 0)))&1 == 1
+	return sort.SearchStrings(r.six, string(octets)+"\x00")&1 == 1
 }

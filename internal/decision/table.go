@@ -1,6 +1,7 @@
 package decision
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"sort"
 	"time"
@@ -24,25 +25,21 @@ func (t *Table) Len() int {
 	return n
 }
 
-// Covered reports whether any decision of t may hold addr. It is the quick
-// question that settles nearly every request: false is final, true calls for
-// View.Lookup, which knows about expiry, deletion and policy. IPv4-mapped
-// addresses must be unmapped by the caller.
-func Covered(t *Table, addr netip.Addr) bool {
-	if addr.Is4() {
-		b := addr.As4()
-		x := int(b[0])<<24 | int(b[1])<<16 | int(b[2])<<8 | int(b[3])
-		x++
-		if t.base.seg4[sort.SearchInts(t.base.bounds4, x)-1] >= 0 {
-			return true
-		}
-		return t.recent != nil && t.recent.seg4[sort.SearchInts(t.recent.bounds4, x)-1] >= 0
+// Covered reports whether any decision of t may hold the address with these
+// octets, 4 or 16 of them. It is the quick question that settles nearly every
+// request: false is final, true calls for View.Lookup, which knows about expiry,
+// deletion and policy. IPv4-mapped addresses must be unmapped by the caller.
+func Covered(t *Table, octets []byte) bool {
+	if len(octets) != 4 {
+		return covered6(t, octets)
 	}
-	x := string(append(addr.AsSlice(), 0))
-	if t.base.seg6[sort.SearchStrings(t.base.bounds6, x)-1] >= 0 {
-		return true
-	}
-	return t.recent != nil && t.recent.seg6[sort.SearchStrings(t.recent.bounds6, x)-1] >= 0
+	x := int(binary.BigEndian.Uint32(octets)) + 1
+	return t.base.seg4[sort.SearchInts(t.base.bounds4, x)-1] >= 0 || t.recent != nil && nodeOf4(t.recent, x) >= 0
+}
+
+func covered6(t *Table, octets []byte) bool {
+	x := string(octets) + "\x00"
+	return nodeOf6(t.base, x) >= 0 || t.recent != nil && nodeOf6(t.recent, x) >= 0
 }
 
 // Policy is how one enforcement point reads the decisions that all share.
@@ -96,7 +93,8 @@ type Verdict struct {
 // that hold it, the strongest and, among equals, the one that ends last.
 func (v *View) Lookup(addr netip.Addr, now time.Time) Verdict {
 	addr = addr.Unmap()
-	if !Covered(v.table, addr) || Contains(v.allow, addr) {
+	octets := addr.AsSlice()
+	if !Covered(v.table, octets) || Contains(v.allow, octets) {
 		return Verdict{}
 	}
 	at := int(now.UnixNano())
@@ -159,7 +157,7 @@ func verdictOf(v *View, b *block, row int) Verdict {
 // has none.
 func (v *View) Holders(addr netip.Addr, now time.Time) []Verdict {
 	addr = addr.Unmap()
-	if Contains(v.allow, addr) {
+	if Contains(v.allow, addr.AsSlice()) {
 		return nil
 	}
 	at := int(now.UnixNano())
