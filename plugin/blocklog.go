@@ -58,6 +58,7 @@ func (p *linePace) grant(now time.Time) bool {
 // blockLog writes one line for each refusal of one middleware on one router.
 type blockLog struct {
 	log     *slog.Logger
+	pace    *linePace
 	name    string
 	message string
 
@@ -68,7 +69,7 @@ type blockLog struct {
 }
 
 func newBlockLog(log *slog.Logger, name string, observe bool) *blockLog {
-	b := &blockLog{log: log, name: name, message: "request refused"}
+	b := &blockLog{log: log, pace: &blockPace, name: name, message: "request refused"}
 	if observe {
 		b.message = "request would be refused"
 	}
@@ -80,7 +81,7 @@ func newBlockLog(log *slog.Logger, name string, observe bool) *blockLog {
 func (b *blockLog) block(req *http.Request, r refusal, v decision.Verdict) {
 	b.mu.Lock()
 	b.total++
-	if !blockPace.grant(time.Now()) {
+	if !b.pace.grant(time.Now()) {
 		b.untold++
 		if b.timer == nil {
 			b.timer = time.AfterFunc(10*time.Second, func() {
