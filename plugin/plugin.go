@@ -37,7 +37,7 @@ import (
 var epoch = time.Now()
 
 // handler is one middleware on one router. It is right for every configuration;
-// direct and limited are short ways for the most common ones.
+// direct, limited and proxied are short ways for the most common ones.
 type handler struct {
 	next     http.Handler
 	name     string
@@ -103,16 +103,33 @@ func New(ctx context.Context, next http.Handler, config *Config, name string) (h
 		defer func() { _ = recover() }()
 		h.close()
 	})
-	if h.closed || h.trusted != nil {
-		return h, nil
+	return shortest(h), nil
+}
+
+// shortest returns the quickest handler that does what h does.
+func shortest(h *handler) http.Handler {
+	var one *limit
+	if len(h.limits) == 1 && h.limits[0].rule.always && h.limits[0].rule.simple {
+		one = h.limits[0]
 	}
-	if h.limits == nil {
-		return &direct{next: next, screen: h.screen, all: h}, nil
+	if h.closed || one == nil && len(h.limits) > 0 {
+		return h
 	}
-	if first := h.limits[0]; len(h.limits) == 1 && first.rule.always && first.rule.simple {
-		return &limited{next: next, screen: h.screen, limiter: first.limiter, shown: first.shown, all: h}, nil
+	if h.trusted != nil {
+		p := &proxied{next: h.next, screen: h.screen, trusted: h.trusted, header: h.settings.header, all: h}
+		if p.header == "" {
+			p.header = "X-Forwarded-For"
+		}
+		if one != nil {
+			p.limiter = one.limiter
+			p.shown = one.shown
+		}
+		return p
 	}
-	return h, nil
+	if one != nil {
+		return &limited{next: h.next, screen: h.screen, limiter: one.limiter, shown: one.shown, all: h}
+	}
+	return &direct{next: h.next, screen: h.screen, all: h}
 }
 
 // close gives back what New acquired. Requests still under way keep what they
@@ -193,6 +210,60 @@ func (h *limited) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 		header["Ratelimit"] = value
 	}
 	h.next.ServeHTTP(rw, req)
+}
+
+// proxied is the short way for a middleware behind trusted proxies, with no
+// limit or a single plain one: it settles IPv4 clients that come by themselves
+// or whose proxy's header holds their address alone.
+type proxied struct {
+	next    http.Handler
+	screen  *atomic.Value
+	trusted *decision.Ranges
+	header  string
+	limiter *limiter // nil for none
+	shown   []string
+	all     *handler
+}
+
+// ServeHTTP implements http.Handler.
+func (h *proxied) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
+	peer, _ := netip.ParseAddrPort(req.RemoteAddr)
+	octets := peer.Addr().AsSlice()
+	if decision.Contains(h.trusted, octets) {
+		octets = claimed(req.Header[h.header])
+	}
+	if len(octets) != 4 || sort.SearchInts(h.screen.Load().(*decision.Screen).Four, int(binary.BigEndian.Uint32(octets))+1)&1 == 1 {
+		h.all.ServeHTTP(rw, req)
+		return
+	}
+	if h.limiter != nil && limitOne(h, rw, req, octets) {
+		return
+	}
+	h.next.ServeHTTP(rw, req)
+}
+
+// claimed reads a header that holds a single address, and nothing else.
+func claimed(values []string) []byte {
+	if len(values) != 1 {
+		return nil
+	}
+	client, _ := netip.ParseAddr(values[0])
+	return client.AsSlice()
+}
+
+// limitOne counts a request against the single limit and answers it if that is
+// exceeded; it reports whether it did.
+func limitOne(h *proxied, rw http.ResponseWriter, req *http.Request, octets []byte) bool {
+	retry, value := limitTake(h.limiter, int64(time.Since(epoch)), string(octets), "")
+	if retry > 0 {
+		return exceeded(h.all, h.all.limits[0], rw, req, octets, retry, value)
+	}
+	if h.shown != nil {
+		header := rw.Header()
+		header["Ratelimit-Policy"] = h.shown
+		header["Ratelimit"] = value
+	}
+	return false
 }
 
 // resolve finds the client behind a peer that is not simply the client, or that

@@ -450,6 +450,47 @@ func TestTheShortWayCountsLikeTheLongOne(t *testing.T) {
 	}
 }
 
+// TestTheShortWaysJudgeLikeTheLongOne sends the same requests to a middleware
+// and to the handler behind its short way.
+func TestTheShortWaysJudgeLikeTheLongOne(t *testing.T) {
+	lapi := startLAPI(decisionRow(1, "192.0.2.1", "ban", "crowdsec"), decisionRow(2, "10.0.0.66", "ban", "crowdsec"), decisionRow(3, "2001:db8::/64", "ban", "crowdsec"))
+	defer lapi.Close()
+	for _, header := range []string{"", "X-Forwarded-For", "CF-Connecting-IP"} {
+		config := pulling(lapi, "short")
+		if header != "" {
+			config.Client.TrustedProxies = []string{"10.0.0.0/8", "fd00::/8"}
+			config.Client.Header = header
+		} else {
+			header = "X-Forwarded-For"
+		}
+		s := open(t, config)
+		var long *handler
+		if h, ok := s.h.(*direct); ok {
+			long = h.all
+		} else if h, ok := s.h.(*proxied); ok {
+			long = h.all
+		}
+		if long == nil {
+			t.Fatalf("%T is no short way", s.h)
+		}
+		s.becomes("192.0.2.1", 403)
+		peers := []string{"192.0.2.1", "192.0.2.2", "10.0.0.1", "10.0.0.66", "fd00::1", "2001:db8::1", "2001:db8:1::1", "::ffff:10.0.0.1", "::ffff:192.0.2.1"}
+		values := [][]string{nil, {""}, {"192.0.2.1"}, {"192.0.2.2"}, {" 192.0.2.1"}, {"192.0.2.1:80"}, {"192.0.2.1, 10.0.0.2"}, {"10.0.0.66"}, {"junk"},
+			{"2001:db8::1"}, {"::ffff:192.0.2.1"}, {"192.0.2.2", "192.0.2.1"}, {"192.0.2.1", "192.0.2.2"}, {"fe80::1%eth0"}}
+		for _, peer := range peers {
+			for _, value := range values {
+				sent, name := value, canonical(header)
+				edit := func(r *http.Request) { r.Header[name] = sent }
+				short := s.get(peer, edit)
+				whole := (&site{t: t, h: long}).get(peer, edit)
+				if short.Code != whole.Code || short.Body.String() != whole.Body.String() {
+					t.Errorf("%s with %s %q: %d by the short way, %d by the long one", peer, header, value, short.Code, whole.Code)
+				}
+			}
+		}
+	}
+}
+
 func TestReloadsShareOneEngine(t *testing.T) {
 	lapi := startLAPI(decisionRow(1, "192.0.2.1", "ban", "crowdsec"))
 	defer lapi.Close()

@@ -93,8 +93,9 @@ func TestAnswers(t *testing.T) {
 		{"a list", `[]`, "", ErrAnswer},
 		{"a string for a list", `{"new":"none","deleted":[]}`, "", ErrAnswer},
 	} {
+		body := c.body
 		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			_, _ = w.Write([]byte(c.body))
+			_, _ = w.Write([]byte(body))
 		}))
 		rec := newRecorder()
 		_, _, err := stream(srv.URL, rec).pull(context.Background(), false)
