@@ -1,0 +1,127 @@
+// Command demo shows the gateway's ingress at work on one machine: the real
+// CrowdSec LAPI, the real Traefik with the bundled plugin, and an origin behind
+// them, all on loopback. It plays a storyboard of bans, limits and reloads, each
+// with the command that a user would type, what came of it and how long it took,
+// and then stays up to be played with until Ctrl-C.
+//
+// With -once it does not stay: it exits 0 only if every step held, and names
+// those that did not. It leaves no process and no file behind.
+//
+// It proves what it shows and no more: the suites under test/e2e are the proof
+// of the rest. `make demo` calls it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	once := flag.Bool("once", false, "end after the last step, with an error if one did not hold")
+	flag.Parse()
+	// SIGPIPE, so that a reader of the output that goes away ends the demo
+	// cleanly too.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
+	defer stop()
+	ctx, cancel := untilOrphaned(ctx)
+	defer cancel()
+	if err := run(ctx, os.Stdout, *once); err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1)
+	}
+}
+
+// run opens the gateway, plays the storyboard and, unless once, stays until ctx
+// ends.
+func run(ctx context.Context, out io.Writer, once bool) (err error) {
+	s := newStory(out)
+	s.say("edgeward: starting CrowdSec's LAPI, Traefik with the plugin, and an origin")
+	g, err := open(ctx, s)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, g.close()) }()
+
+	g.introduce()
+	failed := play(ctx, s, []step{
+		{"A request goes through", g.passes},
+		{"A ban, and its end", g.banAndUnban},
+		{"A ban of a range", g.rangeBan},
+		{"Two bans on one address, the longer one deleted", g.overlap},
+		{"A ban ends by itself, even while LAPI is away", g.expiry},
+		{"Headers decide who a client is only when a trusted proxy sends them", g.spoof},
+		{"A rate limit: 3 logins at once, then one every 2 s", g.rateLimit},
+		{"Observe mode logs what it would refuse, and refuses nothing", g.observe},
+		{"Traefik reloads its configuration under load", g.reload},
+	})
+	if ctx.Err() != nil {
+		if once {
+			return errors.New("interrupted before the last step")
+		}
+		return nil
+	}
+	if once {
+		if len(failed) > 0 {
+			return fmt.Errorf("%d of the steps did not hold: %s", len(failed), strings.Join(failed, "; "))
+		}
+		s.say("\nEvery step held.")
+		return nil
+	}
+	g.invite(failed)
+	<-ctx.Done()
+	s.say("\nStopping.")
+	return nil
+}
+
+// step is one scene: its title, and what is done and demanded in it.
+type step struct {
+	title string
+	act   func(context.Context) error
+}
+
+// play plays every step, whatever became of those before it, and returns the
+// titles of those that did not hold. It ends early only when ctx does.
+func play(ctx context.Context, s *story, steps []step) (failed []string) {
+	for i, step := range steps {
+		s.title(i+1, step.title)
+		err := step.act(ctx)
+		if ctx.Err() != nil {
+			return failed
+		}
+		if err != nil {
+			s.failed(err)
+			failed = append(failed, fmt.Sprintf("%d (%s)", i+1, step.title))
+		}
+	}
+	return failed
+}
+
+// untilOrphaned ends with ctx or when the parent process ends: go run and make
+// do not hand SIGTERM on, and would leave the demo behind.
+func untilOrphaned(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	parent := os.Getppid()
+	go func() {
+		ticker := time.NewTicker(500 * time.Millisecond)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-ticker.C:
+				if os.Getppid() != parent {
+					cancel()
+				}
+			}
+		}
+	}()
+	return ctx, cancel
+}

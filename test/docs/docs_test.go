@@ -1,0 +1,328 @@
+// Package docs holds the README to what is true: its table lists the plugin's
+// options, all of them and no others; the real Traefik accepts its examples with
+// the bundled plugin, and its quick start serves a site; its commands and links
+// lead somewhere. It has no opinion on words, and nobody imports it.
+package docs
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/edgeward/edgeward/internal/bundle"
+	"github.com/edgeward/edgeward/plugin"
+	"github.com/edgeward/edgeward/test/rig"
+	"github.com/edgeward/edgeward/test/rig/rigtest"
+)
+
+func readme(t *testing.T) (root, text string) {
+	t.Helper()
+	root, err := rig.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root, string(data)
+}
+
+// options lists the options of a section of the configuration by their paths,
+// such as rateLimits[].match.hosts.
+func options(section reflect.Type, at string) []string {
+	var names []string
+	for i := range section.NumField() {
+		name, _, _ := strings.Cut(section.Field(i).Tag.Get("json"), ",")
+		typ := section.Field(i).Type
+		switch {
+		case name == "" || name == "-":
+		case typ.Kind() == reflect.Struct:
+			names = append(names, options(typ, at+name+".")...)
+		case typ.Kind() == reflect.Slice && typ.Elem().Kind() == reflect.Struct:
+			names = append(names, options(typ.Elem(), at+name+"[].")...)
+		default:
+			names = append(names, at+name)
+		}
+	}
+	return names
+}
+
+func TestTableListsExactlyTheOptions(t *testing.T) {
+	_, text := readme(t)
+	_, text, _ = strings.Cut(text, "\n| option | default | meaning |\n")
+	table, _, _ := strings.Cut(text, "\n\n")
+	var listed []string
+	for line := range strings.Lines(table) {
+		cell, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
+		for _, match := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+			listed = append(listed, match[1])
+		}
+	}
+	exist := options(reflect.TypeFor[plugin.Config](), "")
+	slices.Sort(listed)
+	slices.Sort(exist)
+	if diff := cmp.Diff(exist, listed); diff != "" {
+		t.Errorf("options that exist and options in the README's table (-exist +listed):\n%s", diff)
+	}
+}
+
+// example is a YAML block of the README.
+type example struct {
+	line int
+	yaml string
+	keys []string // at the top level
+}
+
+func examples(text string) []example {
+	var found []example
+	lines := strings.Split(text, "\n")
+	for i := 0; i < len(lines); i++ {
+		if lines[i] != "```yaml" {
+			continue
+		}
+		e := example{line: i + 1}
+		for i++; lines[i] != "```"; i++ {
+			e.yaml += lines[i] + "\n"
+			if match := regexp.MustCompile(`^(\w+):`).FindStringSubmatch(lines[i]); match != nil {
+				e.keys = append(e.keys, match[1])
+			}
+		}
+		found = append(found, e)
+	}
+	return found
+}
+
+// has tells whether the example holds all of these keys at its top level.
+func (e example) has(keys ...string) bool {
+	for _, key := range keys {
+		if !slices.Contains(e.keys, key) {
+			return false
+		}
+	}
+	return true
+}
+
+// dynamic makes of an example a dynamic configuration that serves a router with
+// it; ok is false for a static one.
+func (e example) dynamic() (yaml string, ok bool) {
+	wrap := func(middleware string) string {
+		return `
+http:
+  routers: {example: {rule: "PathPrefix(` + "`/`" + `)", service: nowhere, middlewares: [example]}}
+  services: {nowhere: {loadBalancer: {servers: [{url: "http://127.0.0.1:9"}]}}}
+  middlewares:
+    example:
+` + indented(middleware, 6)
+	}
+	sections := options(reflect.TypeFor[plugin.Config](), "")
+	switch {
+	case e.has("http"):
+		return e.yaml, true
+	case e.has("apiVersion", "kind", "spec"):
+		_, spec, _ := strings.Cut(e.yaml, "\nspec:\n")
+		// Traefik resolves the reference, where there is a Kubernetes.
+		return wrap(regexp.MustCompile(`urn:k8s:secret:[\w-]+:[\w-]+`).ReplaceAllString(spec, "the-key")), true
+	case slices.ContainsFunc(sections, func(option string) bool {
+		top, _, _ := strings.Cut(option, ".")
+		return strings.TrimSuffix(top, "[]") == e.keys[0]
+	}):
+		return wrap("plugin:\n  edgeward:\n" + indented(e.yaml, 4)), true
+	}
+	return "", false
+}
+
+func indented(text string, by int) string {
+	return regexp.MustCompile(`(?m)^(.)`).ReplaceAllString(text, strings.Repeat(" ", by)+"$1")
+}
+
+func TestTraefikAcceptsEveryExample(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	_, text := readme(t)
+	tr := rigtest.Traefik(t, rig.TraefikOptions{})
+
+	// The judge bites: an option that does not exist is noticed in each form.
+	for _, bad := range []example{
+		{yaml: "client:\n  headr: X-Real-IP\n", keys: []string{"client"}},
+		{yaml: "apiVersion: a\nkind: Middleware\nspec:\n  plugin:\n    edgeward:\n      client: {headr: X-Real-IP}\n", keys: []string{"apiVersion", "kind", "spec"}},
+	} {
+		yaml, _ := bad.dynamic()
+		if err := tr.SetDynamic(ctx, yaml); err == nil || !strings.Contains(err.Error(), "unknown option client.headr") {
+			t.Fatalf("error of an unknown option is %v, want one that names client.headr, for\n%s", err, yaml)
+		}
+	}
+
+	judged := 0
+	for _, e := range examples(text) {
+		yaml, ok := e.dynamic()
+		if !ok {
+			continue // the quick start's own test has it
+		}
+		judged++
+		if err := tr.SetDynamic(ctx, yaml); err != nil {
+			t.Errorf("README.md:%d: %v, for\n%s", e.line, err, yaml)
+		}
+	}
+	if judged < 4 {
+		t.Errorf("%d examples were found, want 4 or more", judged)
+	}
+}
+
+// TestQuickStartServesASite runs Traefik on the two configurations of the quick
+// start, with nothing changed but places that belong to one machine.
+func TestQuickStartServesASite(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	root, text := readme(t)
+	origin := rigtest.Origin(t)
+	lapi := rigtest.LAPI(t, rig.LAPIOptions{})
+	key, err := lapi.AddBouncer(ctx, "traefik")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	listener.Close()
+	places := map[string]string{
+		`":80"`:                    `"` + address + `"`,
+		"/etc/traefik/dynamic.yml": filepath.Join(dir, "dynamic.yml"),
+		"/etc/traefik/lapi-key":    filepath.Join(dir, "lapi-key"),
+		"http://127.0.0.1:8080":    lapi.URL,
+		"http://127.0.0.1:3000":    origin.URL,
+	}
+	wanted := map[string]bool{"static": false, "dynamic": false}
+	for _, e := range examples(text) {
+		name := "dynamic"
+		switch {
+		case e.has("entryPoints"):
+			name = "static"
+		case !e.has("http"):
+			if _, ok := e.dynamic(); !ok {
+				t.Errorf("README.md:%d: an example of no known kind, with %q at its top level", e.line, e.keys)
+			}
+			continue
+		}
+		if wanted[name] {
+			t.Fatalf("README.md:%d: a second %s configuration: which one is the quick start's?", e.line, name)
+		}
+		wanted[name] = true
+		for place, here := range places {
+			if strings.Contains(e.yaml, place) {
+				e.yaml = strings.ReplaceAll(e.yaml, place, here)
+				delete(places, place)
+			}
+		}
+		if err := os.WriteFile(filepath.Join(dir, name+".yml"), []byte(e.yaml), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(places) > 0 || !wanted["static"] || !wanted["dynamic"] {
+		t.Fatalf("the quick start lacks %v, or one of its files: %v", places, wanted)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "lapi-key"), []byte(key+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := bundle.Assemble(ctx, root, filepath.Join(dir, "plugins-local"), bundle.Options{}); err != nil {
+		t.Fatal(err)
+	}
+
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd := exec.Command(rigtest.Tool(t, "traefik"), "--configfile="+filepath.Join(dir, "static.yml"))
+	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // with the error that it was killed
+	})
+	said := func() string { text, _ := os.ReadFile(log.Name()); return string(text) }
+	for {
+		status, err := visit(ctx, "http://"+address)
+		if err == nil && status == http.StatusOK {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("the site answers %d (%v); Traefik said:\n%s", status, err, said())
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	for {
+		bouncers, err := lapi.Bouncers(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(bouncers) == 1 && !bouncers[0].LastPull.IsZero() {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	for line := range strings.Lines(said()) {
+		if regexp.MustCompile(`\bERR\b|"level":"(error|ERROR)"`).MatchString(line) {
+			t.Errorf("Traefik complains: %s", line)
+		}
+	}
+}
+
+// visit asks for the quick start's site and returns the status.
+func visit(ctx context.Context, url string) (int, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, fmt.Errorf("make a request: %w", err)
+	}
+	req.Host = "blog.example.com"
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	return resp.StatusCode, resp.Body.Close()
+}
+
+func TestCommandsAndLinksLeadSomewhere(t *testing.T) {
+	root, text := readme(t)
+	makefile, err := os.ReadFile(filepath.Join(root, "Makefile"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	targets := regexp.MustCompile(`(?m)(?:^    |\x60)make ([a-z-]+)`).FindAllStringSubmatch(text, -1)
+	for _, target := range targets {
+		if !strings.Contains(string(makefile), "\n"+target[1]+":") {
+			t.Errorf("make %s is no command of the Makefile", target[1])
+		}
+	}
+	links := regexp.MustCompile(`\]\(([^)]+)\)`).FindAllStringSubmatch(text, -1)
+	for _, link := range links {
+		if strings.Contains(link[1], "://") {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(root, filepath.FromSlash(link[1]))); err != nil {
+			t.Errorf("link to %s: %v", link[1], err)
+		}
+	}
+	if len(targets) < 3 || len(links) < 4 {
+		t.Errorf("found %d commands and %d links, want 3 and 4 or more", len(targets), len(links))
+	}
+}
