@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -234,15 +235,18 @@ func (e *engine) follow(ctx context.Context, s source) (panicked bool) {
 				row.Scenario = r.Scenario
 				row.Duration = r.Duration
 				delta.Add(row)
+				if delta.Len()&127 == 0 {
+					runtime.Gosched()
+				}
 			},
 			Delete:     func(id int) { delta.Delete(id) },
 			Unreadable: func() { delta.Skipped["row"]++ },
 			Commit: func() bool {
 				now := time.Now()
 				outcome := store.Apply(delta, now)
-				e.publish(store.Compile())
 				e.pulled.Store(now.UnixNano())
 				if delta.Full || delta.Len()+delta.Deleted() > 0 {
+					e.publish(store.Compile())
 					e.log.Debug("decisions applied", "component", "engine", "full", delta.Full, "added", delta.Len(), "removed", delta.Deleted())
 				}
 				for reason, n := range delta.Skipped {

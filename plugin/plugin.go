@@ -286,11 +286,11 @@ func judge(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte)
 	addr, _ := netip.AddrFromSlice(octets)
 	table := h.screen.Load().(*decision.Screen).Table
 	view, _ := h.view.Load().(*decision.View)
-	if view == nil || view.Table() != table {
+	if view == nil || !view.Reads(table) {
 		view = decision.NewView(table, h.settings.policy)
 		h.view.Store(view)
 	}
-	verdict := view.Lookup(addr, now)
+	verdict := view.Lookup(table, addr, now)
 	switch verdict.Remediation {
 	case decision.Allow:
 		if !h.closed || !h.engine.stale(now, h.settings.maxAge) || decision.Contains(h.settings.policy.Allow, octets) {

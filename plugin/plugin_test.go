@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -623,6 +624,46 @@ func TestHostOf(t *testing.T) {
 	for in, want := range map[string]string{"A.example": "a.example", "a.example:8080": "a.example", "a.example.": "a.example", "[::1]:80": "[::1]", "[::1]": "[::1]", "": ""} {
 		if got := hostOf(in); got != want {
 			t.Errorf("hostOf(%q) = %q, want %q", in, got, want)
+		}
+	}
+}
+
+func TestLimitKeyCutsAtAnyLength(t *testing.T) {
+	for _, c := range []struct {
+		a, b  string
+		bits4 int
+		bits6 int
+		same  bool
+	}{
+		{"192.0.2.1", "192.0.2.1", 32, 64, true},
+		{"192.0.2.1", "192.0.2.2", 32, 64, false},
+		{"192.0.2.1", "192.0.2.254", 24, 64, true},
+		{"192.0.2.1", "192.0.2.127", 25, 64, true},
+		{"192.0.2.1", "192.0.2.128", 25, 64, false},
+		{"192.0.2.1", "192.0.3.1", 23, 64, true},
+		{"192.0.2.1", "192.0.4.1", 23, 64, false},
+		{"2001:db8::1", "2001:db8::2", 32, 128, false},
+		{"2001:db8::1", "2001:db8:0:7f::2", 32, 57, true},
+		{"2001:db8::1", "2001:db8:0:80::2", 32, 57, false},
+		{"2001:db8::1", "2001:db8:0:ffff::2", 32, 48, true},
+	} {
+		a, _ := limitKey(netip.MustParseAddr(c.a).AsSlice(), c.bits4, c.bits6)
+		b, _ := limitKey(netip.MustParseAddr(c.b).AsSlice(), c.bits4, c.bits6)
+		if (a == b) != c.same {
+			t.Errorf("%s and %s at /%d and /%d: %q, %q", c.a, c.b, c.bits4, c.bits6, a, b)
+		}
+	}
+}
+
+func TestPeersWithoutAnAddress(t *testing.T) {
+	config := CreateConfig()
+	config.Log.Level = "error"
+	config.RateLimits = []RateLimitConfig{{Name: "odd peers", Average: 1, Period: "1h", Burst: 100, Key: KeyConfig{IPv6Prefix: 57}}}
+	s := open(t, config)
+	for _, remote := range []string{"", "@", "192.0.2.1", "banana:80", "[::1]", "[::1%lo]:80"} {
+		peer := remote
+		if rec := s.get("192.0.2.1", func(r *http.Request) { r.RemoteAddr = peer }); rec.Code != 418 {
+			t.Errorf("RemoteAddr %q: %d", remote, rec.Code)
 		}
 	}
 }

@@ -75,8 +75,13 @@ func limitKey(octets []byte, bits4, bits6 int) (key, group string) {
 // address.
 func network(octets []byte, bits int) string {
 	whole := bits / 8
-	if bits%8 == 0 || len(octets) <= whole {
+	if len(octets) <= whole {
+		return string(octets)
+	}
+	if bits%8 == 0 {
 		return string(octets[:whole])
 	}
-	return string(octets[:whole]) + string([]byte{octets[whole] &^ (255 >> uint(bits%8))})
+	rest := uint(8 - bits%8)
+	last := int(octets[whole]) >> rest << rest
+	return string(octets[:whole]) + string([]byte{byte(last)})
 }

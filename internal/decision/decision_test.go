@@ -89,7 +89,8 @@ func (s *story) pull(full bool, add []*Row, remove ...int) Outcome {
 
 func (s *story) want(addr, want string) {
 	s.t.Helper()
-	v := NewView(s.store.Compile(), s.view).Lookup(netip.MustParseAddr(addr), s.now)
+	table := s.store.Compile()
+	v := NewView(table, s.view).Lookup(table, netip.MustParseAddr(addr), s.now)
 	got := v.Remediation.Name()
 	if v.Remediation != Allow {
 		got += " by " + v.Origin
@@ -244,8 +245,9 @@ func TestAllowlistBeatsEverything(t *testing.T) {
 	s.want("192.0.2.16", "ban by a")
 	s.want("2001:db8:5::1", "allow")
 	s.want("2001:db8:6::1", "ban by c")
-	view := NewView(s.store.Compile(), s.view)
-	if h := view.Holders(netip.MustParseAddr("192.0.2.1"), s.now); h != nil {
+	table := s.store.Compile()
+	view := NewView(table, s.view)
+	if h := view.Holders(table, netip.MustParseAddr("192.0.2.1"), s.now); h != nil {
 		t.Errorf("an allowlisted address is held by %v", h)
 	}
 }
@@ -269,9 +271,10 @@ func TestHoldersAreStrongestFirst(t *testing.T) {
 		row(4, "0.0.0.0/0", "ban", "long", "2h"),
 	})
 	s.pull(false, []*Row{row(5, "192.0.2.0/30", "ban", "new", "90m")}, 2)
-	view := NewView(s.store.Compile(), s.view)
+	table := s.store.Compile()
+	view := NewView(table, s.view)
 	got := ""
-	for _, v := range view.Holders(netip.MustParseAddr("192.0.2.1"), s.now) {
+	for _, v := range view.Holders(table, netip.MustParseAddr("192.0.2.1"), s.now) {
 		got += v.Origin + " " + v.Prefix.String() + " " + v.Until.Sub(epoch).String() + "; "
 	}
 	want := "long 0.0.0.0/0 2h0m0s; new 192.0.2.0/30 1h30m0s; short 192.0.2.1/32 1h0m0s; range 192.0.2.0/24 9h0m0s; "
@@ -306,13 +309,14 @@ func TestBadRowsAreCountedAndCostNothing(t *testing.T) {
 		}
 	}
 	s.Apply(d, epoch)
-	view := NewView(s.Compile(), Policy{})
+	table := s.Compile()
+	view := NewView(table, Policy{})
 	for addr, want := range map[string]Remediation{"192.0.2.1": Ban, "192.0.2.2": Allow, "192.0.2.8": Ban} {
-		if got := view.Lookup(netip.MustParseAddr(addr), epoch).Remediation; got != want {
+		if got := view.Lookup(table, netip.MustParseAddr(addr), epoch).Remediation; got != want {
 			t.Errorf("%s: %s, want %s", addr, got.Name(), want.Name())
 		}
 	}
-	if got := view.Lookup(netip.MustParseAddr("192.0.2.8"), epoch.AddDate(230, 0, 0)).Remediation; got != Ban {
+	if got := view.Lookup(table, netip.MustParseAddr("192.0.2.8"), epoch.AddDate(230, 0, 0)).Remediation; got != Ban {
 		t.Errorf("a ban longer than the clock reaches ended early")
 	}
 }

@@ -3,6 +3,7 @@ package decision
 import (
 	"encoding/binary"
 	"net/netip"
+	"runtime"
 	"sort"
 )
 
@@ -128,6 +129,9 @@ func flatten[K int | string](lo, end []K, zero K, base int) (bounds []K, seg, pa
 	ends := make([]K, 0, 130)
 	last := 0
 	for i := 0; i < n; i++ {
+		if i&255 == 0 {
+			runtime.Gosched()
+		}
 		start := lo[i]
 		for len(ends) > 0 && ends[len(ends)-1] <= start {
 			e := ends[len(ends)-1]

@@ -169,7 +169,7 @@ func run(t *testing.T, seed int64, steps int) {
 			}
 			at := now.Add(time.Duration(w.Intn(60)) * time.Minute)
 			want, until := o.lookup(addr, at, fallback)
-			got := view.Lookup(addr, at)
+			got := view.Lookup(table, addr, at)
 			if got.Remediation != want || want != Allow && !got.Until.Equal(until) {
 				t.Fatalf("seed %d step %d: %s at +%v: %s until %v (decision %d), want %s until %v", seed, step, addr, at.Sub(epoch), got.Remediation.Name(), got.Until, got.ID, want.Name(), until)
 			}
@@ -179,7 +179,7 @@ func run(t *testing.T, seed int64, steps int) {
 			if addr.Is4() && (sort.SearchInts(screen.Four, intOf(addr)+1)&1 == 1) != Covered(table, addr.AsSlice()) {
 				t.Fatalf("seed %d step %d: the screen is wrong about %s", seed, step, addr)
 			}
-			if h := view.Holders(addr, at); want == Allow && len(h) != 0 || want != Allow && (len(h) == 0 || h[0] != got) {
+			if h := view.Holders(table, addr, at); want == Allow && len(h) != 0 || want != Allow && (len(h) == 0 || h[0] != got) {
 				t.Fatalf("seed %d step %d: %s: holders %v, verdict %v", seed, step, addr, h, got)
 			}
 		}

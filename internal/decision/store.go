@@ -247,7 +247,7 @@ func (s *Store) live(now time.Time) int {
 // Compile returns the table of what the store holds now. It shares what has
 // not changed with the tables before it and costs next to nothing.
 func (s *Store) Compile() *Table {
-	return &Table{base: s.base, recent: s.recent, gone: s.gone, classes: s.classes.list}
+	return &Table{base: s.base, recent: s.recent, gone: s.gone, classes: s.classes.list, numbers: s.classes}
 }
 
 // Due reports whether the overlay has grown enough for Fold to pay.

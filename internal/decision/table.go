@@ -13,6 +13,7 @@ type Table struct {
 	recent  *block // nil where nothing has changed since base was compiled
 	gone    []int  // sorted rows of base that no longer count
 	classes []Class
+	numbers *classes // what numbered them
 }
 
 // Len returns the number of decisions on addresses in the table, those that
@@ -52,16 +53,18 @@ type Policy struct {
 	Accept func(Class) bool
 }
 
-// View is a Table read under a Policy. It never changes.
+// View is how a Policy reads the tables of one numbering of classes. It never
+// changes, and holds on to no table.
 type View struct {
-	table *Table
-	allow *Ranges
-	means []Remediation // by class: what it asks for here; Allow is nothing
+	numbers *classes
+	allow   *Ranges
+	means   []Remediation // by class: what it asks for here; Allow is nothing
 }
 
-// NewView prepares a view; it costs what the number of classes weighs.
+// NewView prepares a view that can read t; it costs what the number of classes
+// weighs.
 func NewView(t *Table, p Policy) *View {
-	v := &View{table: t, allow: p.Allow, means: make([]Remediation, len(t.classes))}
+	v := &View{numbers: t.numbers, allow: p.Allow, means: make([]Remediation, len(t.classes))}
 	for i, c := range t.classes {
 		if p.Accept != nil && !p.Accept(c) {
 			continue
@@ -74,8 +77,11 @@ func NewView(t *Table, p Policy) *View {
 	return v
 }
 
-// Table returns the table that v reads.
-func (v *View) Table() *Table { return v.table }
+// Reads reports whether v can read t; a table that has come since v was made may
+// need a new view.
+func (v *View) Reads(t *Table) bool {
+	return v.numbers == t.numbers && len(v.means) >= len(t.classes)
+}
 
 // Verdict is what applies to an address and the decision that says so. The
 // zero Verdict is Allow.
@@ -89,31 +95,32 @@ type Verdict struct {
 	Scenario    string
 }
 
-// Lookup returns the verdict on addr at the given time: of the live decisions
+// Lookup returns the verdict of t, which v must be able to read, on addr at the
+// given time: of the live decisions
 // that hold it, the strongest and, among equals, the one that ends last.
-func (v *View) Lookup(addr netip.Addr, now time.Time) Verdict {
+func (v *View) Lookup(t *Table, addr netip.Addr, now time.Time) Verdict {
 	addr = addr.Unmap()
 	octets := addr.AsSlice()
-	if !Covered(v.table, octets) || Contains(v.allow, octets) {
+	if !Covered(t, octets) || Contains(v.allow, octets) {
 		return Verdict{}
 	}
 	at := int(now.UnixNano())
-	b, row := strongest(v, v.table.base, addr, at, nil, -1)
-	if v.table.recent != nil {
-		b, row = strongest(v, v.table.recent, addr, at, b, row)
+	b, row := strongest(v, t, t.base, addr, at, nil, -1)
+	if t.recent != nil {
+		b, row = strongest(v, t, t.recent, addr, at, b, row)
 	}
 	if row < 0 {
 		return Verdict{}
 	}
-	return verdictOf(v, b, row)
+	return verdictOf(v, t, b, row)
 }
 
 // strongest walks the holders of addr in block b and returns the best of them
 // and the one found so far.
-func strongest(v *View, b *block, addr netip.Addr, at int, bestBlock *block, best int) (*block, int) {
+func strongest(v *View, t *Table, b *block, addr netip.Addr, at int, bestBlock *block, best int) (*block, int) {
 	for node := nodeOf(b, addr); node >= 0; node = b.parent[node] {
 		for row := int(b.first[node]); row < int(b.first[node+1]); row++ {
-			if !counts(v, b, row, at) {
+			if !counts(v, t, b, row, at) {
 				continue
 			}
 			if best < 0 || stronger(v, b, row, bestBlock, best) {
@@ -124,8 +131,8 @@ func strongest(v *View, b *block, addr netip.Addr, at int, bestBlock *block, bes
 	return bestBlock, best
 }
 
-func counts(v *View, b *block, row, at int) bool {
-	return b.until[row] > at && v.means[b.class[row]] != Allow && (b != v.table.base || !has(v.table.gone, row))
+func counts(v *View, t *Table, b *block, row, at int) bool {
+	return b.until[row] > at && v.means[b.class[row]] != Allow && (b != t.base || !has(t.gone, row))
 }
 
 func stronger(v *View, a *block, i int, b *block, j int) bool {
@@ -139,8 +146,8 @@ func stronger(v *View, a *block, i int, b *block, j int) bool {
 	return a.id[i] < b.id[j]
 }
 
-func verdictOf(v *View, b *block, row int) Verdict {
-	c := v.table.classes[b.class[row]]
+func verdictOf(v *View, t *Table, b *block, row int) Verdict {
+	c := t.classes[b.class[row]]
 	return Verdict{
 		Remediation: v.means[b.class[row]],
 		ID:          b.id[row],
@@ -152,10 +159,10 @@ func verdictOf(v *View, b *block, row int) Verdict {
 	}
 }
 
-// Holders returns every live decision that holds addr, strongest first: the
+// Holders returns every live decision of t that holds addr, strongest first: the
 // whole answer to why an address is treated as it is. An allowlisted address
 // has none.
-func (v *View) Holders(addr netip.Addr, now time.Time) []Verdict {
+func (v *View) Holders(t *Table, addr netip.Addr, now time.Time) []Verdict {
 	addr = addr.Unmap()
 	if Contains(v.allow, addr.AsSlice()) {
 		return nil
@@ -163,13 +170,13 @@ func (v *View) Holders(addr netip.Addr, now time.Time) []Verdict {
 	at := int(now.UnixNano())
 	var blocks []*block
 	var found []int
-	for _, b := range []*block{v.table.base, v.table.recent} {
+	for _, b := range []*block{t.base, t.recent} {
 		if b == nil {
 			continue
 		}
 		for node := nodeOf(b, addr); node >= 0; node = b.parent[node] {
 			for row := int(b.first[node]); row < int(b.first[node+1]); row++ {
-				if !counts(v, b, row, at) {
+				if !counts(v, t, b, row, at) {
 					continue
 				}
 				i := len(found)
@@ -185,7 +192,7 @@ func (v *View) Holders(addr netip.Addr, now time.Time) []Verdict {
 	}
 	out := make([]Verdict, len(found))
 	for i, row := range found {
-		out[i] = verdictOf(v, blocks[i], row)
+		out[i] = verdictOf(v, t, blocks[i], row)
 	}
 	return out
 }
