@@ -55,7 +55,8 @@ func connect(s source) (*http.Client, func(*http.Request) error) {
 	client := &http.Client{
 		Transport: transport,
 		// LAPI never redirects; following one would carry the key away.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		// (Yaegi misplaces the parameters of a literal that leaves them unnamed.)
+		CheckRedirect: func(_ *http.Request, _ []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	if s.key == "" && s.keyFile == "" {
 		return client, nil

@@ -119,12 +119,24 @@ func (r *engineRegistry) start(id string, s source, log *slog.Logger) *engine {
 	ctx, cancel := context.WithCancel(context.Background())
 	e := &engine{wanted: s, log: log, stop: cancel}
 	e.screen.Store(emptyScreen())
-	// A new key for the same LAPI: what was known stays known until the
-	// first pull.
-	for _, other := range r.all {
-		if other.wanted.place() == s.place() && other.pulled.Load() > e.pulled.Load() {
-			e.screen.Store(other.screen.Load())
-			e.pulled.Store(other.pulled.Load())
+	// What was known stays known until the first pull: a new key or address is
+	// no reason to let everybody in. The same LAPI knows best; failing that,
+	// whoever has pulled last.
+	var known *engine
+	for _, same := range []bool{true, false} {
+		latest := int64(0)
+		for _, other := range r.all {
+			if at := other.pulled.Load(); at > latest && same == (other.wanted.place() == s.place()) {
+				latest = at
+				known = other
+			}
+		}
+		if known != nil {
+			e.screen.Store(known.screen.Load())
+			if same {
+				e.pulled.Store(latest)
+			}
+			break
 		}
 	}
 	r.all[id] = e
@@ -191,10 +203,9 @@ func (r *engineRegistry) run(ctx context.Context, e *engine) {
 		r.mu.Unlock()
 		if e.follow(turn, s) {
 			// It panicked: not too fast.
-			select {
-			case <-ctx.Done():
-			case <-time.After(5 * time.Second):
-			}
+			pause, over := context.WithTimeout(ctx, 5*time.Second)
+			<-pause.Done()
+			over()
 		}
 		restart()
 	}

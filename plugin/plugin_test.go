@@ -31,7 +31,15 @@ type lapiStub struct {
 	fail    bool
 }
 
+// startLAPI starts one, and ends the engines of earlier tests, of which a new one
+// would take the table over.
 func startLAPI(rows ...string) *lapiStub {
+	engines.mu.Lock()
+	for id, e := range engines.all {
+		e.stop()
+		delete(engines.all, id)
+	}
+	engines.mu.Unlock()
 	s := &lapiStub{rows: rows}
 	s.Server = httptest.NewServer(http.HandlerFunc(s.serve))
 	return s
@@ -521,6 +529,46 @@ func TestANewKeyKeepsTheTable(t *testing.T) {
 	s.becomes("192.0.2.1", 418)
 	if _, _, key := lapi.pulls(); key != "new" && key != "old" {
 		t.Errorf("pulled with key %q", key)
+	}
+}
+
+func TestAnotherAddressKeepsTheTable(t *testing.T) {
+	lapi := startLAPI(decisionRow(1, "192.0.2.1", "ban", "crowdsec"))
+	defer lapi.Close()
+	s := open(t, pulling(lapi, "moves"))
+	s.becomes("192.0.2.1", 403)
+	s.cancel()
+	config := pulling(lapi, "moves")
+	config.LAPI.URL = "http://127.0.0.1:1"
+	open(t, config).is("192.0.2.1", 403)
+	config.Decisions.FailClosed = true
+	closed := open(t, config)
+	closed.is("192.0.2.1", 403)
+	closed.is("192.0.2.2", 503)
+	open(t, pulling(lapi, "moves")).is("192.0.2.1", 403)
+}
+
+func TestARedirectIsNotFollowed(t *testing.T) {
+	followed := false
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { followed = true }))
+	defer elsewhere.Close()
+	redirecting := httptest.NewServer(http.RedirectHandler(elsewhere.URL, http.StatusFound))
+	defer redirecting.Close()
+	client, authorize := connect(source{url: redirecting.URL, key: "secret", timeout: time.Second})
+	req, err := http.NewRequest(http.MethodGet, redirecting.URL, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := authorize(req); err != nil {
+		t.Fatal(err)
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = res.Body.Close()
+	if res.StatusCode != http.StatusFound || followed {
+		t.Errorf("status %d, followed %v", res.StatusCode, followed)
 	}
 }
 

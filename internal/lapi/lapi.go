@@ -166,14 +166,20 @@ func (s *Stream) Run(ctx context.Context) {
 				}
 			}
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
+		if !pause(ctx, wait) {
 			return
-		case <-timer.C:
 		}
 	}
+}
+
+// pause waits, and reports whether it did so to the end, ctx still going on. It
+// has no select statement, because Yaegi shares the cases of one among all
+// goroutines that are in it: a stream would wait for another one's timer.
+func pause(ctx context.Context, wait time.Duration) bool {
+	timed, cancel := context.WithTimeout(ctx, wait)
+	<-timed.Done()
+	cancel()
+	return ctx.Err() == nil
 }
 
 // jumped reports whether the wall clock moved otherwise than time passed, as on

@@ -20,10 +20,16 @@ type recorder struct {
 	open  []string
 	done  []string
 	doubt bool
-	seen  chan string
 }
 
-func newRecorder() *recorder { return &recorder{seen: make(chan string, 100)} }
+func newRecorder() *recorder { return &recorder{} }
+
+// since returns what was committed after the first n answers.
+func (r *recorder) since(n int) []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return append([]string(nil), r.done[n:]...)
+}
 
 func (r *recorder) sink() Sink {
 	return Sink{
@@ -44,7 +50,6 @@ func (r *recorder) sink() Sink {
 			r.done = append(r.done, answer)
 			doubt := r.doubt
 			r.mu.Unlock()
-			r.seen <- answer
 			return doubt
 		},
 	}
@@ -164,25 +169,25 @@ func TestSlowButSteadyIsNotSilent(t *testing.T) {
 func TestRun(t *testing.T) {
 	var mu sync.Mutex
 	var asked []string
-	answer := make(chan string, 1)
+	answer := ""
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		mu.Lock()
 		asked = append(asked, r.URL.RawQuery)
+		a := answer
+		answer = ""
 		mu.Unlock()
 		if r.URL.Path != "/v1/decisions/stream" || r.Header.Get("X-Api-Key") != "secret" || r.UserAgent() != "crowdsec-edgeward-test/v0" {
 			w.WriteHeader(http.StatusTeapot)
 			return
 		}
-		select {
-		case a := <-answer:
-			if a == "500" {
-				w.WriteHeader(http.StatusInternalServerError)
-				return
-			}
-			_, _ = w.Write([]byte(a))
-		default:
-			_, _ = w.Write([]byte(`{"new":null,"deleted":null}`))
+		if a == "500" {
+			w.WriteHeader(http.StatusInternalServerError)
+			return
 		}
+		if a == "" {
+			a = `{"new":null,"deleted":null}`
+		}
+		_, _ = w.Write([]byte(a))
 	}))
 	defer srv.Close()
 	rec := newRecorder()
@@ -196,27 +201,31 @@ func TestRun(t *testing.T) {
 		s.Run(ctx)
 		close(stopped)
 	}()
+	told := 0
 	expect := func(want string) {
 		t.Helper()
-		deadline := time.After(5 * time.Second)
-		for {
-			select {
-			case got := <-rec.seen:
+		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			for _, got := range rec.since(told) {
+				told++
 				if got == want {
 					return
 				}
 				if got != "" {
 					t.Fatalf("committed %q, want %q", got, want)
 				}
-			case <-deadline:
-				t.Fatalf("%q was never committed", want)
 			}
 		}
+		t.Fatalf("%q was never committed", want)
+	}
+	next := func(a string) {
+		mu.Lock()
+		defer mu.Unlock()
+		answer = a
 	}
 	expect("full")
-	answer <- `{"new":[` + oneBan + `],"deleted":null}`
+	next(`{"new":[` + oneBan + `],"deleted":null}`)
 	expect(oneBanRead)
-	answer <- "500"
+	next("500")
 	expect("full") // after a failure the picture is asked for again
 	if n := strings.Count(log.String(), "cannot pull decisions"); n != 1 {
 		t.Errorf("one outage was logged %d times:\n%s", n, log.String())
@@ -230,6 +239,37 @@ func TestRun(t *testing.T) {
 	defer mu.Unlock()
 	if asked[0] != "dedup=false&scopes=ip,range&startup=true" || asked[1] != "dedup=false&scopes=ip,range&startup=false" {
 		t.Errorf("asked %q", asked[:2])
+	}
+}
+
+// TestStreamsDoNotWaitForEachOther runs several at once, because what one
+// goroutine waits for must not be mixed up with what another does.
+func TestStreamsDoNotWaitForEachOther(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = w.Write([]byte(`{"new":null,"deleted":null}`))
+	}))
+	defer srv.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	var all []*recorder
+	var wg sync.WaitGroup
+	for i := 0; i < 8; i++ {
+		rec := newRecorder()
+		all = append(all, rec)
+		s := stream(srv.URL, rec)
+		s.Interval = 20 * time.Millisecond
+		wg.Add(1)
+		go func() {
+			defer func() { _ = recover() }()
+			defer wg.Done()
+			s.Run(ctx)
+		}()
+	}
+	wg.Wait()
+	for i, rec := range all {
+		if n := len(rec.since(0)); n < 5 {
+			t.Errorf("stream %d of 8 pulled %d times in a second", i, n)
+		}
 	}
 }
 
