@@ -20,9 +20,10 @@ type tlsSource struct {
 }
 
 // connect returns the HTTP client for a source, and what adds the API key to a
-// request. Nothing is read or dialled before the first request, and key files
-// are read for each, so that a rotated secret takes effect by itself.
-func connect(s source) (*http.Client, func(*http.Request) error) {
+// request and tells learn a hash of the credentials. Nothing is read or dialled
+// before the first request, and key files are read for each, so that a rotated
+// secret takes effect by itself.
+func connect(s source, learn func(secret string)) (*http.Client, func(*http.Request) error) {
 	dialer := &net.Dialer{Timeout: s.timeout}
 	transport := &http.Transport{
 		MaxIdleConnsPerHost:   1,
@@ -58,15 +59,19 @@ func connect(s source) (*http.Client, func(*http.Request) error) {
 		// (Yaegi misplaces the parameters of a literal that leaves them unnamed.)
 		CheckRedirect: func(_ *http.Request, _ []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	if s.key == "" && s.keyFile == "" {
-		return client, nil
-	}
 	return client, func(req *http.Request) error {
+		if s.key == "" && s.keyFile == "" {
+			cert, err := pemOf("cert", s.tls.cert, s.tls.certFile)
+			if err == nil {
+				learn(hashed(string(cert)))
+			}
+			return err
+		}
 		key := s.key
 		if s.keyFile != "" {
 			text, err := os.ReadFile(s.keyFile)
 			if err != nil {
-				return fmt.Errorf("read lapi.keyFile: %w", err)
+				return fmt.Errorf("read lapi.keyFile: %w", reasonOf(err))
 			}
 			key = string(text)
 		}
@@ -74,9 +79,19 @@ func connect(s source) (*http.Client, func(*http.Request) error) {
 		if key == "" {
 			return errors.New("read lapi key: it is empty")
 		}
+		learn(hashed(key))
 		req.Header.Set("X-Api-Key", key)
 		return nil
 	}
+}
+
+// reasonOf returns why a file cannot be read, without its name: somebody may
+// have written the secret itself where its file's name belongs.
+func reasonOf(err error) error {
+	if path, ok := err.(*os.PathError); ok {
+		return path.Err
+	}
+	return err
 }
 
 func tlsConfig(t tlsSource, addr string) (*tls.Config, error) {
@@ -122,7 +137,7 @@ func pemOf(what, text, file string) ([]byte, error) {
 	}
 	b, err := os.ReadFile(file)
 	if err != nil {
-		return nil, fmt.Errorf("read lapi.tls.%sFile: %w", what, err)
+		return nil, fmt.Errorf("read lapi.tls.%sFile: %w", what, reasonOf(err))
 	}
 	return b, nil
 }

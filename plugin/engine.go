@@ -33,37 +33,55 @@ type source struct {
 	resync   time.Duration
 }
 
-// identity names the LAPI and the credentials: LAPI keeps one delta cursor for
-// each, so there must be one engine for each. Secrets are hashed.
+// identity names the LAPI and how the credentials are written. Secrets are
+// hashed.
 func (s source) identity() string {
-	credentials := strings.Join([]string{s.key, s.keyFile, s.tls.cert, s.tls.certFile, s.tls.key, s.tls.keyFile}, "\x00")
-	sum := sha256.Sum256([]byte(credentials))
-	return s.place() + " " + hex.EncodeToString(sum[:])
+	return s.place() + " " + hashed(s.key, s.keyFile, s.tls.cert, s.tls.certFile, s.tls.key, s.tls.keyFile)
 }
 
 // place names the LAPI alone.
 func (s source) place() string { return s.url + " " + s.socket }
 
+func hashed(parts ...string) string {
+	sum := sha256.Sum256([]byte(strings.Join(parts, "\x00")))
+	return hex.EncodeToString(sum[:])
+}
+
 // engine keeps one table in step with one LAPI. All middlewares with the same
 // LAPI and credentials share it.
 type engine struct {
+	id     string
+	place  string
 	screen atomic.Value // *decision.Screen of the table in force, never nil
 	pulled atomic.Int64 // Unix ns of the last good pull; 0 for never
-	log    *slog.Logger
-	stop   context.CancelFunc // ends the engine
+	log    atomic.Value // *slog.Logger of the middleware built last
+	stop   context.CancelFunc
+	store  *decision.Store // of the goroutine that follows the stream
+
+	// rivals counts the other engines that pull with the same credentials.
+	// They take deltas away from each other, so each must pull all then, and
+	// once more after.
+	rivals  atomic.Int32
+	robbed  atomic.Int32
+	restart context.CancelFunc // ends the stream; the next one runs with what is wanted
 
 	// Guarded by the registry.
-	wanted  source
+	secret  string         // hash of the credentials used last, "" until then
+	wants   map[source]int // by the middlewares that use it
 	running source
-	restart context.CancelFunc // ends the stream, so that the next one runs with what is wanted
 	users   int
 	release *time.Timer // pending end, nil while in use
 }
 
-// engineLinger is how long an engine outlives its last user. A reload ends the
-// old handlers before it builds the new ones, and without it would lose the
-// table each time.
-const engineLinger = 30 * time.Second
+const (
+	// engineLinger is how long an engine outlives its last user. A reload ends
+	// the old handlers before it builds the new ones, and without it would
+	// lose the table each time.
+	engineLinger = 30 * time.Second
+	// settleTime is how long an engine waits for the last word on its
+	// settings while Traefik rebuilds its middlewares.
+	settleTime = time.Second
+)
 
 // engines are the engines of the process. A package variable outlives a reload,
 // because the plugin is interpreted once per process.
@@ -75,13 +93,8 @@ type engineRegistry struct {
 	linger time.Duration
 }
 
-// settleTime is how long new settings of a running engine wait for newer ones:
-// while Traefik rebuilds its middlewares, only the last word should count.
-const settleTime = time.Second
-
 // acquire returns the engine for a source, starting it if need be. Each acquire
-// is paired with one release. Where two sources differ in less than the LAPI
-// and the credentials, say in the interval, the one that came last counts.
+// is paired with one release.
 func (r *engineRegistry) acquire(s source, log *slog.Logger) *engine {
 	id := s.identity()
 	r.mu.Lock()
@@ -89,61 +102,109 @@ func (r *engineRegistry) acquire(s source, log *slog.Logger) *engine {
 	e := r.all[id]
 	if e == nil {
 		e = r.start(id, s, log)
-	} else if e.wanted != s {
-		e.wanted = s
-		time.AfterFunc(settleTime, func() {
-			defer func() { _ = recover() }()
-			r.settle(e)
-		})
 	}
+	e.log.Store(log)
 	if e.release != nil {
 		e.release.Stop()
 		e.release = nil
 	}
 	e.users++
+	e.wants[s]++
+	r.settleSoon(e)
 	return e
 }
 
-// settle restarts the stream of an engine that runs with other settings than
-// are wanted. Its table stays in force.
-func (r *engineRegistry) settle(e *engine) {
+// release gives an engine back; the last one to do so lets it end after the
+// linger, or at once where another engine goes on with the same credentials.
+func (r *engineRegistry) release(e *engine, s source) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if e.wanted != e.running && e.restart != nil {
-		e.log.Info("LAPI settings changed", "component", "engine", "url", e.wanted.url, "interval", e.wanted.interval.String())
-		e.restart()
+	e.users--
+	e.wants[s]--
+	if e.wants[s] == 0 {
+		delete(e.wants, s)
 	}
+	if e.users > 0 {
+		r.settleSoon(e)
+		return
+	}
+	r.bequeath(e)
+	if e.rivals.Load() > 0 {
+		r.end(e)
+		return
+	}
+	var timer *time.Timer
+	timer = time.AfterFunc(r.linger, func() {
+		defer func() { _ = recover() }()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if e.users == 0 && e.release == timer {
+			r.end(e)
+		}
+	})
+	e.release = timer
+}
+
+// end stops an engine for good.
+func (r *engineRegistry) end(e *engine) {
+	if e.release != nil {
+		e.release.Stop()
+		e.release = nil
+	}
+	e.stop()
+	if r.all[e.id] == e {
+		delete(r.all, e.id)
+	}
+	r.countRivals()
+}
+
+// wanted is what an engine should run with: of several wishes, that with the
+// shortest interval, so that the order in which Traefik builds its middlewares
+// does not matter.
+func wanted(e *engine) source {
+	var best source
+	for s := range e.wants {
+		if best.url == "" || s.interval < best.interval || s.interval == best.interval && fmt.Sprint(s) < fmt.Sprint(best) {
+			best = s
+		}
+	}
+	return best
+}
+
+// settleSoon restarts the stream of an engine, a moment later, if it runs with
+// other settings than are wanted then. Its table stays in force.
+func (r *engineRegistry) settleSoon(e *engine) {
+	if e.users == 0 || wanted(e) == e.running {
+		return
+	}
+	time.AfterFunc(settleTime, func() {
+		defer func() { _ = recover() }()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if e.users == 0 || wanted(e) == e.running {
+			return
+		}
+		if len(e.wants) > 1 {
+			e.logger().Warn("middlewares with one key want different LAPI settings, the shortest interval counts", "component", "engine", "url", e.running.url)
+		}
+		e.running = wanted(e)
+		e.logger().Info("LAPI settings changed", "component", "engine", "url", e.running.url, "interval", e.running.interval.String())
+		e.restart()
+	})
 }
 
 func (r *engineRegistry) start(id string, s source, log *slog.Logger) *engine {
 	ctx, cancel := context.WithCancel(context.Background())
-	e := &engine{wanted: s, log: log, stop: cancel}
-	e.screen.Store(emptyScreen())
-	// What was known stays known until the first pull: a new key or address is
-	// no reason to let everybody in. The same LAPI knows best; failing that,
-	// whoever has pulled last.
-	var known *engine
-	for _, same := range []bool{true, false} {
-		latest := int64(0)
-		for _, other := range r.all {
-			if at := other.pulled.Load(); at > latest && same == (other.wanted.place() == s.place()) {
-				latest = at
-				known = other
-			}
-		}
-		if known != nil {
-			e.screen.Store(known.screen.Load())
-			if same {
-				e.pulled.Store(latest)
-			}
-			break
-		}
-	}
+	e := &engine{id: id, place: s.place(), running: s, wants: map[source]int{}, stop: cancel, restart: func() {}}
+	e.log.Store(log)
+	e.store = decision.NewStore()
+	e.screen.Store(decision.NewScreen(e.store.Compile(), nil))
+	r.inherit(e)
 	r.all[id] = e
 	go func() {
 		defer func() {
 			if p := recover(); p != nil {
-				log.Error("engine stopped by a panic, the last table stays in force", "component", "engine", "err", fmt.Sprint(p))
+				e.logger().Error("engine stopped by a panic, the last table stays in force", "component", "engine", "err", fmt.Sprint(p))
 			}
 		}()
 		r.run(ctx, e)
@@ -151,34 +212,82 @@ func (r *engineRegistry) start(id string, s source, log *slog.Logger) *engine {
 	return e
 }
 
-// release gives an engine back; the last one to do so lets it end after the
-// linger.
-func (r *engineRegistry) release(s source) {
-	id := s.identity()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	e := r.all[id]
-	if e == nil {
-		return
-	}
-	e.users--
-	if e.users > 0 || e.release != nil {
-		return
-	}
-	e.release = time.AfterFunc(r.linger, func() {
-		defer func() { _ = recover() }()
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if e.users == 0 {
-			e.stop()
-			delete(r.all, id)
+// inherit gives a new engine a table to begin with, because a new key or address
+// is no reason to let everybody in: that of an engine for the same LAPI, or else
+// of one that nobody uses any more.
+func (r *engineRegistry) inherit(e *engine) {
+	var idle *engine
+	latest := int64(0)
+	for _, other := range r.all {
+		at := other.pulled.Load()
+		if other.place == e.place && at > e.pulled.Load() {
+			e.pulled.Store(at)
+			e.screen.Store(other.screen.Load())
+			e.store = decision.Resume(e.table())
 		}
-	})
+		if other.users == 0 && at > latest {
+			latest = at
+			idle = other
+		}
+	}
+	if e.pulled.Load() == 0 && idle != nil {
+		e.screen.Store(idle.screen.Load())
+	}
 }
 
-func emptyScreen() *decision.Screen {
-	return decision.NewScreen(decision.NewStore().Compile(), nil)
+// bequeath hands the table of an engine that has become idle to those that have
+// never had one: the old middlewares may end a moment after the new ones began.
+func (r *engineRegistry) bequeath(e *engine) {
+	if e.pulled.Load() == 0 {
+		return
+	}
+	for _, other := range r.all {
+		if other != e && other.pulled.Load() == 0 && other.table().Len() == 0 {
+			other.screen.Store(e.screen.Load())
+		}
+	}
 }
+
+// learn notes with which credentials an engine is about to pull. An idle engine
+// with the same ones ends: LAPI keeps one delta cursor for each key and address.
+func (r *engineRegistry) learn(e *engine, secret string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if e.secret == secret || r.all[e.id] != e {
+		return
+	}
+	e.secret = secret
+	for _, other := range r.all {
+		if other != e && other.secret == secret && other.users == 0 {
+			r.end(other)
+			e.robbed.Store(1)
+		}
+	}
+	if r.countRivals(); e.rivals.Load() > 0 {
+		e.logger().Error("two ways of naming the same LAPI or key pull with the same credentials: write them alike, or give each its own key", "component", "engine", "url", e.running.url)
+	}
+}
+
+// countRivals counts, for each engine, the others with its credentials.
+func (r *engineRegistry) countRivals() {
+	for _, e := range r.all {
+		n := int32(0)
+		for _, other := range r.all {
+			if other != e && other.secret == e.secret && e.secret != "" {
+				n++
+			}
+		}
+		if n != e.rivals.Load() {
+			e.robbed.Store(1)
+			e.rivals.Store(n)
+		}
+	}
+}
+
+// table returns the table in force.
+func (e *engine) table() *decision.Table { return e.screen.Load().(*decision.Screen).Table }
+
+func (e *engine) logger() *slog.Logger { return e.log.Load().(*slog.Logger) }
 
 // publish puts a table in force.
 func (e *engine) publish(t *decision.Table) {
@@ -197,12 +306,12 @@ func (r *engineRegistry) run(ctx context.Context, e *engine) {
 	for ctx.Err() == nil {
 		r.mu.Lock()
 		turn, restart := context.WithCancel(ctx)
-		e.running = e.wanted
 		e.restart = restart
 		s := e.running
 		r.mu.Unlock()
-		if e.follow(turn, s) {
-			// It panicked: not too fast.
+		if r.follow(turn, e, s) {
+			// It panicked: not too fast, and not with what it left behind.
+			e.store = decision.NewStore()
 			pause, over := context.WithTimeout(ctx, 5*time.Second)
 			<-pause.Done()
 			over()
@@ -211,18 +320,18 @@ func (r *engineRegistry) run(ctx context.Context, e *engine) {
 	}
 }
 
-// follow runs one stream into a store of its own until ctx ends; it reports
+// follow runs one stream into the engine's store until ctx ends; it reports
 // whether a panic ended it before.
-func (e *engine) follow(ctx context.Context, s source) (panicked bool) {
+func (r *engineRegistry) follow(ctx context.Context, e *engine, s source) (panicked bool) {
 	defer func() {
 		if p := recover(); p != nil {
 			panicked = true
-			e.log.Error("decision stream panicked, starting it again", "component", "engine", "err", fmt.Sprint(p))
+			e.logger().Error("decision stream panicked, starting it again", "component", "engine", "err", fmt.Sprint(p))
 		}
 	}()
-	client, authorize := connect(s)
+	client, authorize := connect(s, func(secret string) { r.learn(e, secret) })
 	defer client.CloseIdleConnections()
-	store := decision.NewStore()
+	store := e.store
 	var delta *decision.Delta
 	row := &decision.Row{}
 	stream := &lapi.Stream{
@@ -234,7 +343,8 @@ func (e *engine) follow(ctx context.Context, s source) (panicked bool) {
 		Timeout:   s.timeout,
 		Resync:    s.resync,
 		Scopes:    []string{"ip", "range"},
-		Log:       e.log,
+		Full:      func() bool { return e.robbed.Swap(0) > 0 || e.rivals.Load() > 0 },
+		Log:       func() *slog.Logger { return e.logger() },
 		Sink: lapi.Sink{
 			Begin: func(full bool, at time.Time) { delta = store.NewDelta(full, at) },
 			Add: func(r *lapi.Row) {
@@ -251,27 +361,37 @@ func (e *engine) follow(ctx context.Context, s source) (panicked bool) {
 				}
 			},
 			Delete:     func(id int) { delta.Delete(id) },
-			Unreadable: func() { delta.Skipped["row"]++ },
+			Unreadable: func() { delta.Unreadable() },
 			Commit: func() bool {
-				now := time.Now()
-				outcome := store.Apply(delta, now)
-				e.pulled.Store(now.UnixNano())
-				if delta.Full || delta.Len()+delta.Deleted() > 0 {
-					e.publish(store.Compile())
-					e.log.Debug("decisions applied", "component", "engine", "full", delta.Full, "added", delta.Len(), "removed", delta.Deleted())
-				}
-				for reason, n := range delta.Skipped {
-					e.log.Warn("decisions skipped", "component", "engine", "reason", reason, "count", n)
-				}
+				doubt := e.commit(delta, time.Now())
 				delta = nil
-				if store.Due() {
-					store.Fold(now)
-					e.publish(store.Compile())
-				}
-				return outcome.Doubt
+				return doubt
 			},
 		},
 	}
 	stream.Run(ctx)
 	return false
+}
+
+// commit takes an answer in and puts the table that comes of it in force.
+func (e *engine) commit(delta *decision.Delta, now time.Time) (doubt bool) {
+	log := e.logger()
+	outcome := e.store.Apply(delta, now)
+	if delta.Full || delta.Len()+delta.Deleted() > 0 {
+		e.publish(e.store.Compile())
+		log.Debug("decisions applied", "component", "engine", "full", delta.Full, "added", delta.Len(), "removed", delta.Deleted())
+	}
+	// Only now: who fails closed must not take the table before for this one.
+	e.pulled.Store(now.UnixNano())
+	for reason, n := range delta.Skipped {
+		log.Warn("decisions skipped", "component", "engine", "reason", reason, "count", n)
+	}
+	if outcome.Doubt {
+		log.Warn("a full pull lacks decisions that no delta ended, deleting nothing yet, asking again", "component", "engine", "had", outcome.Had, "got", outcome.Got, "missing", outcome.Missing)
+	}
+	if e.store.Due() {
+		e.store.Fold(now)
+		e.publish(e.store.Compile())
+	}
+	return outcome.Doubt
 }

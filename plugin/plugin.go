@@ -92,7 +92,7 @@ func New(ctx context.Context, next http.Handler, config *Config, name string) (h
 		h.limits = append(h.limits, l)
 	}
 	if s.lapi.url == "" {
-		h.screen.Store(emptyScreen())
+		h.screen.Store(decision.NewScreen(decision.NewStore().Compile(), nil))
 	} else {
 		h.engine = engines.acquire(s.lapi, log)
 		h.screen = &h.engine.screen
@@ -141,7 +141,7 @@ func (h *handler) close() {
 	}
 	if h.engine != nil {
 		limiters.release(h.throttle, now)
-		engines.release(h.settings.lapi)
+		engines.release(h.engine, h.settings.lapi)
 	}
 }
 
@@ -269,6 +269,11 @@ func limitOne(h *proxied, rw http.ResponseWriter, req *http.Request, octets []by
 // resolve finds the client behind a peer that is not simply the client, or that
 // is an IPv4 address in IPv6 clothing.
 func resolve(h *handler, req *http.Request, octets []byte) []byte {
+	if len(octets) == 0 {
+		// Not an address with a port; perhaps another plugin put one without.
+		addr, _ := netip.ParseAddr(req.RemoteAddr)
+		octets = addr.AsSlice()
+	}
 	if len(octets) == 16 {
 		addr, _ := netip.AddrFromSlice(octets)
 		octets = addr.Unmap().AsSlice()
@@ -284,6 +289,8 @@ func resolve(h *handler, req *http.Request, octets []byte) []byte {
 func judge(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte) bool {
 	now := time.Now()
 	addr, _ := netip.AddrFromSlice(octets)
+	// Asked before the table is taken, which only gets better after.
+	unknown := h.closed && (len(octets) == 0 || h.engine.stale(now, h.settings.maxAge))
 	table := h.screen.Load().(*decision.Screen).Table
 	view, _ := h.view.Load().(*decision.View)
 	if view == nil || !view.Reads(table) {
@@ -293,7 +300,7 @@ func judge(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte)
 	verdict := view.Lookup(table, addr, now)
 	switch verdict.Remediation {
 	case decision.Allow:
-		if !h.closed || !h.engine.stale(now, h.settings.maxAge) || decision.Contains(h.settings.policy.Allow, octets) {
+		if !unknown || decision.Contains(h.settings.policy.Allow, octets) {
 			return false
 		}
 		return refuse(h, rw, req, refusal{Status: 503, Reason: "This site cannot tell friend from foe just now. Try again in a minute.", Address: addr.String(), slug: "stale"}, decision.Verdict{})
@@ -378,7 +385,10 @@ func requestKey(rule *limitRule, req *http.Request, octets []byte) (key, group s
 	if group == "" {
 		group = key
 	}
-	return "header " + value, group
+	if len(value) > limitMaxKey/2 {
+		value = limitHash(value)
+	}
+	return "header " + rule.header + " " + value, group
 }
 
 // exceeded answers a request that is over a limit, or lets an observer note it.

@@ -339,52 +339,136 @@ func TestCountriesAndSystemsAreKept(t *testing.T) {
 	}
 }
 
-func TestAnImplausibleFullPullDeletesNothingAtFirst(t *testing.T) {
-	s := begin(t)
-	var many []*Row
-	for i := 0; i < 1000; i++ {
-		many = append(many, row(i+1, netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}).String(), "ban", "lists", "24h"))
+// many returns n bans.
+func many(n int) []*Row {
+	var rows []*Row
+	for i := 0; i < n; i++ {
+		rows = append(rows, row(i+1, netip.AddrFrom4([4]byte{10, 0, byte((i + 1) >> 8), byte(i + 1)}).String(), "ban", "lists", "24h"))
 	}
-	s.pull(true, many)
+	return rows
+}
+
+// TestWhatFullPullsLack: each story is a list of full pulls, after a first one of
+// all rows; a doubtful pull deletes nothing.
+func TestWhatFullPullsLack(t *testing.T) {
+	all := many(1000)
 	few := []*Row{row(5000, "192.0.2.1", "ban", "new", "24h")}
-	for i := 1; i <= 3; i++ {
-		out := s.pull(true, few)
-		if want := i < 3; out.Doubt != want {
-			t.Fatalf("pull %d: doubt %v, want %v", i, out.Doubt, want)
+	for _, c := range []struct {
+		name  string
+		first []*Row
+		pulls [][]*Row
+		doubt []bool
+		held  bool // 10.0.0.1 and the last of first, after all pulls
+	}{
+		{"nothing is missing", all, [][]*Row{append(few, all...)}, []bool{false}, true},
+		{"one is missing, twice", all, [][]*Row{all[1:], all[1:]}, []bool{true, false}, false},
+		{"one is missing, once", all, [][]*Row{all[1:], all}, []bool{true, false}, true},
+		{"one after the other is missing", all, [][]*Row{all[1:], all[:999], all[1:]}, []bool{true, true, true}, true},
+		{"most are missing, twice", all, [][]*Row{few, few}, []bool{true, true}, true},
+		{"most are missing, three times", all, [][]*Row{few, few, few}, []bool{true, true, false}, false},
+		{"all are missing, with a good pull between", all, [][]*Row{nil, nil, all, nil, nil}, []bool{true, true, false, true, true}, true},
+		{"a small list ends", all[:1], [][]*Row{nil, nil, nil}, []bool{true, true, false}, false},
+		{"a small list is missing once", all[:2], [][]*Row{nil}, []bool{true}, true},
+	} {
+		s := begin(t)
+		s.pull(true, c.first)
+		for i, rows := range c.pulls {
+			if out := s.pull(true, rows); out.Doubt != c.doubt[i] {
+				t.Errorf("%s: pull %d: %+v", c.name, i, out)
+			}
 		}
-		s.want("192.0.2.1", "ban by new")
-		if i < 3 {
+		if c.held {
 			s.want("10.0.0.1", "ban by lists")
+			s.want(c.first[len(c.first)-1].Value, "ban by lists")
+		} else {
+			s.want("10.0.0.1", "allow")
+		}
+		if t.Failed() {
+			t.Fatal(c.name)
 		}
 	}
-	s.want("10.0.0.1", "allow")
 
-	// Two that disagree, or a good one between, begin the count anew.
+	// What is new counts at once, however doubtful the pull.
+	s := begin(t)
+	s.pull(true, all)
+	s.pull(true, few)
+	s.want("192.0.2.1", "ban by new")
+
+	// What has expired, or been deleted by a delta, is not missed.
 	s = begin(t)
-	s.pull(true, many)
-	for i, rows := range [][]*Row{few, many[:300], few, few, many, few, few} {
-		if out := s.pull(true, rows); out.Doubt != (i != 4) {
-			t.Fatalf("pull %d: %+v", i, out)
-		}
-		s.want("10.0.0.1", "ban by lists")
+	s.pull(true, append(few, all...))
+	s.pull(false, nil, 5000)
+	if out := s.pull(true, all); out.Doubt {
+		t.Errorf("a deleted decision was missed: %+v", out)
 	}
-
-	// A plausible one counts at once, and so does a small table's end.
-	s = begin(t)
-	s.pull(true, many)
-	s.pull(true, many[:600])
-	s.want(many[900].Value, "allow")
-	s = begin(t)
-	s.pull(true, many[:90])
-	s.pull(true, nil)
-	s.want("10.0.0.1", "allow")
-
-	// What has expired is not missed.
-	s = begin(t)
-	s.pull(true, many)
 	s.wait(24 * time.Hour)
-	if out := s.pull(true, few); out.Doubt {
+	if out := s.pull(true, nil); out.Doubt {
 		t.Errorf("expired decisions were missed: %+v", out)
+	}
+}
+
+func TestAFullPullThatMakesNoSense(t *testing.T) {
+	for name, spoil := range map[string]func(d *Delta, r Row){
+		"durations":    func(d *Delta, r Row) { r.Duration = "PT1H"; d.Add(&r) },
+		"values":       func(d *Delta, r Row) { r.Value = "?"; d.Add(&r) },
+		"prefixes":     func(d *Delta, r Row) { r.Value += "/99"; d.Add(&r) },
+		"types":        func(d *Delta, r Row) { r.Type = ""; d.Add(&r) },
+		"no durations": func(d *Delta, r Row) { r.Duration = ""; d.Add(&r) },
+	} {
+		s := begin(t)
+		rows := append(many(3), row(4, "2001:db8::1", "ban", "six", "24h"))
+		s.pull(true, rows[:2])
+		s.pull(false, rows[2:])
+		for i := 0; i < 5; i++ {
+			d := s.store.NewDelta(true, s.now)
+			for _, r := range rows {
+				spoil(d, *r)
+			}
+			s.store.Apply(d, s.now)
+			s.want("10.0.0.1", "ban by lists")
+			s.want("10.0.0.2", "ban by lists")
+			s.want("2001:db8::1", "ban by six")
+		}
+		s.wait(24 * time.Hour)
+		s.want("10.0.0.1", "allow")
+		if t.Failed() {
+			t.Fatal(name)
+		}
+	}
+	// Rows that cannot even be told apart need three pulls.
+	s := begin(t)
+	s.pull(true, many(3))
+	for i := 0; i < 3; i++ {
+		s.want("10.0.0.3", "ban by lists")
+		d := s.store.NewDelta(true, s.now)
+		for _, r := range many(2) {
+			d.Add(r)
+		}
+		d.Unreadable()
+		if out := s.store.Apply(d, s.now); out.Doubt != (i < 2) {
+			t.Errorf("pull %d: %+v", i, out)
+		}
+	}
+	s.want("10.0.0.3", "allow")
+}
+
+func TestResume(t *testing.T) {
+	s := begin(t)
+	s.pull(true, many(50))
+	s.pull(false, []*Row{row(60, "192.0.2.1", "captcha", "recent", "2h"), row(61, "2001:db8::1", "ban", "recent", "2h")}, 1)
+	r := &story{t: t, store: Resume(s.store.Compile()), now: s.now, view: s.view}
+	r.want("10.0.0.1", "allow")
+	r.want("10.0.0.2", "ban by lists")
+	r.want("192.0.2.1", "captcha by recent")
+	r.pull(false, []*Row{row(62, "192.0.2.2", "ban", "later", "2h")}, 60, 2)
+	r.want("192.0.2.1", "allow")
+	r.want("192.0.2.2", "ban by later")
+	r.want("10.0.0.2", "allow")
+	r.want("2001:db8::1", "ban by recent")
+	s.want("192.0.2.1", "captcha by recent")
+	s.want("192.0.2.2", "allow")
+	if out := r.pull(true, nil); !out.Doubt {
+		t.Error("a resumed store believes anything")
 	}
 }
 

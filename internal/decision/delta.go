@@ -8,6 +8,7 @@ import (
 
 // Reasons why a row is skipped, the keys of Delta.Skipped.
 const (
+	SkipRow      = "row"      // not a decision at all
 	SkipID       = "id"       // negative, or too large to be an id
 	SkipScope    = "scope"    // none of ip, range, country, as
 	SkipValue    = "value"    // not an address
@@ -49,6 +50,8 @@ type Delta struct {
 	at      int // Unix nanoseconds from which durations count
 	classes *classes
 	gone    []int
+	obscure []int // ids of rows that were not understood
+	lost    bool  // rows so unreadable that they have no id
 	four    rows[int]
 	six     rows[string]
 	scoped  []Scoped
@@ -66,6 +69,19 @@ func (d *Delta) Deleted() int { return len(d.gone) }
 
 func (d *Delta) skip(reason string) { d.Skipped[reason]++ }
 
+// doubt skips a row that says something that is not understood: LAPI holds that
+// decision, so what was known of it stays.
+func (d *Delta) doubt(r *Row, reason string) {
+	d.skip(reason)
+	d.obscure = append(d.obscure, r.ID)
+}
+
+// Unreadable counts a row of which nothing could be read.
+func (d *Delta) Unreadable() {
+	d.skip(SkipRow)
+	d.lost = true
+}
+
 // Delete records that LAPI no longer holds the decision with this id. A full
 // delta has no use for it: what it does not list is gone.
 func (d *Delta) Delete(id int) {
@@ -79,14 +95,19 @@ func (d *Delta) Delete(id int) {
 func (d *Delta) Add(r *Row) {
 	if r.ID < 0 || r.ID >= maxID {
 		d.skip(SkipID)
+		d.lost = true
 		return
 	}
 	if r.Type == "" {
-		d.skip(SkipType)
+		d.doubt(r, SkipType)
 		return
 	}
 	left, err := time.ParseDuration(r.Duration)
-	if err != nil || left <= 0 {
+	if err != nil {
+		d.doubt(r, SkipDuration)
+		return
+	}
+	if left <= 0 {
 		d.skip(SkipDuration)
 		return
 	}
@@ -127,11 +148,11 @@ func (d *Delta) Add(r *Row) {
 		slash := strings.IndexByte(r.Value, '/')
 		if slash >= 0 {
 			if _, err := ParsePrefix(r.Value[:slash]); err == nil {
-				d.skip(SkipPrefix)
+				d.doubt(r, SkipPrefix)
 				return
 			}
 		}
-		d.skip(SkipValue)
+		d.doubt(r, SkipValue)
 		return
 	}
 	if d.Len() >= maxRows {

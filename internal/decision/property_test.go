@@ -117,7 +117,7 @@ func run(t *testing.T, seed int64, steps int) {
 			sort.Ints(ids)
 			for _, id := range ids {
 				n := o[id]
-				if !n.until.After(now) || w.Intn(20) == 0 {
+				if !n.until.After(now) {
 					delete(o, id)
 					continue
 				}

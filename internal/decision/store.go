@@ -17,7 +17,8 @@ type Store struct {
 	recent  *block         // the overlay, compiled
 	gone    []int          // sorted rows of base that no longer count
 	scoped  map[int]Scoped // countries and autonomous systems
-	doubts  []int          // sizes of the implausible full pulls in a row
+	doubts  int            // full pulls in a row that lacked something
+	missed  []int          // sorted ids that the last of them lacked
 }
 
 // NewStore returns an empty store.
@@ -27,6 +28,39 @@ func NewStore() *Store {
 		classes: newClasses(),
 		scoped:  map[int]Scoped{},
 	}
+}
+
+// Resume returns a store that begins with what a table of another store holds.
+func Resume(t *Table) *Store {
+	s := NewStore()
+	s.base = t.base
+	s.gone = t.gone
+	s.recent = t.recent
+	for _, c := range t.classes {
+		classOf(s.classes, c.Type, c.Origin, c.Scenario)
+	}
+	b := t.recent
+	if b == nil {
+		return s
+	}
+	for node, key := range b.key4 {
+		for row := b.first[node]; row < b.first[node+1]; row++ {
+			s.four.key = append(s.four.key, key)
+			s.four.id = append(s.four.id, b.id[row])
+			s.four.until = append(s.four.until, b.until[row])
+			s.four.class = append(s.four.class, b.class[row])
+		}
+	}
+	n4 := len(b.key4)
+	for i, key := range b.key6 {
+		for row := b.first[n4+i]; row < b.first[n4+i+1]; row++ {
+			s.six.key = append(s.six.key, key)
+			s.six.id = append(s.six.id, b.id[row])
+			s.six.until = append(s.six.until, b.until[row])
+			s.six.class = append(s.six.class, b.class[row])
+		}
+	}
+	return s
 }
 
 // NewDelta returns a delta to be filled with the rows of one LAPI answer that
@@ -41,23 +75,22 @@ func (s *Store) NewDelta(full bool, at time.Time) *Delta {
 
 // Outcome says what Apply made of a delta.
 type Outcome struct {
-	// Doubt is true where a full pull held implausibly little compared with
-	// what the store holds: its decisions were taken in, but nothing was
-	// deleted because of it. Pull again, a little later.
+	// Doubt is true where a full pull lacked live decisions that the store
+	// holds: what it had was taken in, but nothing was deleted because of it.
+	// Pull again, a little later.
 	Doubt bool
-	// Had and Got are the live decisions before a full pull and in it.
-	Had, Got int
+	// Had and Got are the live decisions before a full pull and in it, Missing
+	// those that it lacked.
+	Had, Got, Missing int
 }
-
-// doubtsNeeded is how many implausible full pulls in a row must agree, within
-// a tenth, before their word counts as deletion.
-const doubtsNeeded = 3
 
 // Apply takes a delta in: deletions first, then additions, by decision id; an
 // id that is already held is replaced, so applying a delta twice changes
-// nothing. A full delta replaces everything if it is plausible, that is, if it
-// does not lack more than half of what is held (some 100 decisions may always
-// go), or if it is the third in a row to say so.
+// nothing. A full delta replaces everything if it lacks nothing that is held and
+// live. Deletions come by deltas, so what a full pull lacks is doubtful: LAPI
+// can end an answer early and well-formed. It counts as deleted when two full
+// pulls in a row lack it; three, where more than half of everything is missing
+// or where the answer had rows that could not be read.
 func (s *Store) Apply(d *Delta, now time.Time) Outcome {
 	d.four, d.six = distinct(d.four, d.six)
 	if d.Full {
@@ -68,27 +101,34 @@ func (s *Store) Apply(d *Delta, now time.Time) Outcome {
 }
 
 func (s *Store) replace(d *Delta, now time.Time) Outcome {
-	had := s.live(now)
-	got := d.Len()
-	if got < had/2 && had-got > 100 {
-		agree := len(s.doubts) == 0
-		if !agree {
-			first := s.doubts[0]
-			agree = got-first <= first/10 && first-got <= first/10
+	s.keep(d, now)
+	base := compile(d.four, d.six)
+	out := Outcome{Had: s.live(now), Got: d.Len()}
+	missing := s.lacks(base, now)
+	out.Missing = len(missing)
+	if len(missing) == 0 {
+		s.doubts = 0
+	} else {
+		if s.doubts > 0 && !within(missing, s.missed) {
+			s.doubts = 0
 		}
-		if !agree {
-			s.doubts = nil
+		s.doubts++
+		needed := 2
+		if d.lost || len(missing) > out.Had/2 {
+			needed = 3
 		}
-		s.doubts = append(s.doubts, got)
-		if len(s.doubts) < doubtsNeeded {
+		if s.doubts < needed {
+			s.missed = missing
 			s.adopt(d)
 			s.merge(d, now)
-			return Outcome{Doubt: true, Had: had, Got: got}
+			out.Doubt = true
+			return out
 		}
 	}
-	s.doubts = nil
+	s.doubts = 0
+	s.missed = nil
 	s.classes = d.classes
-	s.base = compile(d.four, d.six)
+	s.base = base
 	s.four = rows[int]{}
 	s.six = rows[string]{}
 	s.recent = nil
@@ -97,7 +137,88 @@ func (s *Store) replace(d *Delta, now time.Time) Outcome {
 	for _, sc := range d.scoped {
 		s.scoped[sc.ID] = sc
 	}
-	return Outcome{Had: had, Got: got}
+	return out
+}
+
+// keep adds to a full delta what the store knows of the decisions that the delta
+// names without making sense.
+func (s *Store) keep(d *Delta, now time.Time) {
+	at := int(now.UnixNano())
+	t := s.Compile()
+	for _, id := range d.obscure {
+		b := t.recent
+		row := -1
+		if b != nil {
+			row = rowOf(b, id)
+		}
+		if row < 0 {
+			b = t.base
+			row = rowOf(b, id)
+			if row >= 0 && has(t.gone, row) {
+				row = -1
+			}
+		}
+		if row < 0 || b.until[row] <= at {
+			continue
+		}
+		c := t.classes[b.class[row]]
+		class := classOf(d.classes, c.Type, c.Origin, c.Scenario)
+		node := nodeOfRow(b, row)
+		if node < len(b.key4) {
+			d.four.key = append(d.four.key, b.key4[node])
+			d.four.id = append(d.four.id, id)
+			d.four.until = append(d.four.until, b.until[row])
+			d.four.class = append(d.four.class, class)
+			continue
+		}
+		d.six.key = append(d.six.key, b.key6[node-len(b.key4)])
+		d.six.id = append(d.six.id, id)
+		d.six.until = append(d.six.until, b.until[row])
+		d.six.class = append(d.six.class, class)
+	}
+	d.four, d.six = distinct(d.four, d.six)
+}
+
+// lacks returns the sorted ids of the live decisions that the store holds and b
+// does not.
+func (s *Store) lacks(b *block, now time.Time) []int {
+	at := int(now.UnixNano())
+	var missing []int
+	j := 0
+	for i, id := range s.base.ids {
+		for j < len(b.ids) && b.ids[j] < id {
+			j++
+		}
+		if j < len(b.ids) && b.ids[j] == id {
+			continue
+		}
+		row := int(s.base.idRow[i])
+		if s.base.until[row] > at && !has(s.gone, row) {
+			missing = append(missing, id)
+		}
+	}
+	for i, id := range s.four.id {
+		if s.four.until[i] > at && rowOf(b, id) < 0 {
+			missing = append(missing, id)
+		}
+	}
+	for i, id := range s.six.id {
+		if s.six.until[i] > at && rowOf(b, id) < 0 {
+			missing = append(missing, id)
+		}
+	}
+	sort.Ints(missing)
+	return missing
+}
+
+// within reports whether each of the sorted numbers a is among b's.
+func within(a, b []int) bool {
+	for _, n := range a {
+		if !has(b, n) {
+			return false
+		}
+	}
+	return true
 }
 
 // adopt renumbers the classes of a full delta to those of the store.

@@ -73,7 +73,8 @@ type Stream struct {
 	// by up to a tenth, so that many clients do not march in step.
 	Interval time.Duration
 	// Timeout is the longest silence that a delta request may meet, before
-	// the answer or within it; a full pull may take six times as long.
+	// the answer or within it; in a full pull it may be six times as long. Ten
+	// silences are the longest that a request may take at all.
 	Timeout time.Duration
 	// Resync is the time after which a full pull replaces a delta. Each is
 	// lengthened at random by up to a quarter.
@@ -82,8 +83,12 @@ type Stream struct {
 	Scopes []string
 	// Sink takes the answers in.
 	Sink Sink
-	// Log is told once when LAPI goes away, once when it is back.
-	Log *slog.Logger
+	// Full, if not nil, is asked before each pull whether it has to be a full
+	// one.
+	Full func() bool
+	// Log returns the log, which is told once when LAPI goes away and once
+	// when it is back.
+	Log func() *slog.Logger
 }
 
 // Waits after failures: the first, and the longest unless Interval is longer.
@@ -92,20 +97,24 @@ const (
 	longestRetry = 30 * time.Second
 )
 
-// bodyLimit is more than any real answer weighs: some 200 bytes a decision.
-const bodyLimit = 4 << 30
+// Bounds on an answer: some 200 bytes a decision are usual.
+const (
+	bodyLimit = 1 << 30
+	rowLimit  = 4 << 20 // between the ends of two rows
+)
 
-// Errors that callers and logs tell apart. ErrRefused means that LAPI answered
-// and does not accept the credentials; ErrAnswer that what came is not a
-// decision stream.
+// Errors that callers and logs tell apart. ErrCredentials means that there are
+// none to send; ErrRefused that LAPI answered and does not accept them;
+// ErrAnswer that what came is not a decision stream.
 var (
-	ErrRefused = errors.New("LAPI refuses the credentials: check the API key or client certificate (cscli bouncers list)")
-	ErrAnswer  = errors.New("LAPI's answer is not a decision stream: check that the URL is LAPI's and not another service's")
+	ErrCredentials = errors.New("cannot read the credentials for LAPI")
+	ErrRefused     = errors.New("LAPI refuses the credentials: check the API key or client certificate (cscli bouncers list)")
+	ErrAnswer      = errors.New("LAPI's answer is not a decision stream: check that the URL is LAPI's and not another service's")
 )
 
 // Run pulls until ctx ends. It never gives up: a LAPI that is away, slow,
 // confused or refusing is asked again after a pause that grows to half a
-// minute.
+// minute, or to Interval where that is longer.
 func (s *Stream) Run(ctx context.Context) {
 	full := true
 	trouble := ""
@@ -116,11 +125,11 @@ func (s *Stream) Run(ctx context.Context) {
 	for {
 		now := time.Now()
 		if jumped(now.Round(0).Sub(before.Round(0)), now.Sub(before)) {
-			s.Log.Warn("clock jumped, pulling all decisions again", "component", "lapi")
+			s.Log().Warn("clock jumped, pulling all decisions again", "component", "lapi")
 			full = true
 		}
 		before = now
-		if !now.Before(nextFull) {
+		if !now.Before(nextFull) || s.Full != nil && s.Full() {
 			full = true
 		}
 		start := time.Now()
@@ -136,7 +145,7 @@ func (s *Stream) Run(ctx context.Context) {
 			kind := kindOf(err)
 			if kind != trouble {
 				trouble = kind
-				s.Log.Warn("cannot pull decisions, keeping the last ones", "component", "lapi", "url", s.URL, "err", err.Error())
+				s.Log().Warn("cannot pull decisions, keeping the last ones", "component", "lapi", "url", s.URL, "err", err.Error())
 			}
 			wait = retry - time.Duration(rand.Float64()*float64(retry)/5)
 			retry *= 2
@@ -150,7 +159,7 @@ func (s *Stream) Run(ctx context.Context) {
 		} else {
 			retry = firstRetry
 			if trouble != "" || !ever {
-				s.Log.Info("decisions pulled", "component", "lapi", "url", s.URL, "added", count, "took", time.Since(start).Round(time.Millisecond).String())
+				s.Log().Info("decisions pulled", "component", "lapi", "url", s.URL, "added", count, "took", time.Since(start).Round(time.Millisecond).String())
 			}
 			trouble = ""
 			ever = true
@@ -159,11 +168,7 @@ func (s *Stream) Run(ctx context.Context) {
 			}
 			full = false
 			if doubt {
-				s.Log.Warn("full pull holds implausibly few decisions, nothing deleted, asking again", "component", "lapi", "url", s.URL, "added", count)
-				full = true
-				if wait < longestRetry {
-					wait = longestRetry
-				}
+				nextFull = time.Now().Add(longestRetry)
 			}
 		}
 		if !pause(ctx, wait) {
@@ -197,6 +202,9 @@ func kindOf(err error) string {
 	}
 	if errors.Is(err, ErrAnswer) {
 		return "answer"
+	}
+	if errors.Is(err, ErrCredentials) {
+		return "credentials"
 	}
 	if status, ok := err.(*statusError); ok {
 		return status.Error()
@@ -233,7 +241,7 @@ func (s *Stream) pull(ctx context.Context, full bool) (count int, doubt bool, er
 	req.Header.Set("Accept", "application/json")
 	if s.Authorize != nil {
 		if err := s.Authorize(req); err != nil {
-			return 0, false, err
+			return 0, false, fmt.Errorf("%w: %w", ErrCredentials, err)
 		}
 	}
 	res, err := s.Client.Do(req)
@@ -260,6 +268,7 @@ func (s *Stream) pull(ctx context.Context, full bool) (count int, doubt bool, er
 		}
 		return 0, false, fmt.Errorf("pull decisions: %w", err)
 	}
+	drain(res.Body) // to its end, so that the connection can be used again
 	return count, s.Sink.Commit(), nil
 }
 
@@ -280,6 +289,7 @@ type pacedReader struct {
 	watch   *time.Timer
 	silence time.Duration
 	failed  error
+	unread  int // bytes since the last whole row
 }
 
 func (r *pacedReader) Read(p []byte) (int, error) {
@@ -287,15 +297,20 @@ func (r *pacedReader) Read(p []byte) (int, error) {
 	if n > 0 {
 		r.watch.Reset(r.silence)
 	}
+	if r.unread += n; r.unread > rowLimit {
+		return 0, errTooLong
+	}
 	if err != nil && err != io.EOF {
 		r.failed = err
 	}
 	return n, err
 }
 
+var errTooLong = errors.New("a row has no end")
+
 // decode reads {"new": [...], "deleted": [...]}, in any order, either list
 // possibly null, and hands each row to the sink.
-func (s *Stream) decode(body io.Reader) (count int, err error) {
+func (s *Stream) decode(body *pacedReader) (count int, err error) {
 	dec := json.NewDecoder(body)
 	open, err := dec.Token()
 	if err != nil {
@@ -312,14 +327,14 @@ func (s *Stream) decode(body io.Reader) (count int, err error) {
 		}
 		if key == "new" {
 			seen |= 1
-			n, err := s.list(dec, true)
+			n, err := s.list(dec, body, true)
 			if err != nil {
 				return 0, err
 			}
 			count += n
 		} else if key == "deleted" {
 			seen |= 2
-			if _, err := s.list(dec, false); err != nil {
+			if _, err := s.list(dec, body, false); err != nil {
 				return 0, err
 			}
 		} else {
@@ -339,7 +354,7 @@ func (s *Stream) decode(body io.Reader) (count int, err error) {
 }
 
 // list reads one list of rows.
-func (s *Stream) list(dec *json.Decoder, added bool) (count int, err error) {
+func (s *Stream) list(dec *json.Decoder, body *pacedReader, added bool) (count int, err error) {
 	open, err := dec.Token()
 	if err != nil {
 		return 0, answerError(err)
@@ -354,6 +369,7 @@ func (s *Stream) list(dec *json.Decoder, added bool) (count int, err error) {
 	row := &Row{}
 	for dec.More() {
 		*row = Row{}
+		body.unread = 0
 		if err := dec.Decode(row); err != nil {
 			if _, ok := err.(*json.UnmarshalTypeError); ok {
 				s.Sink.Unreadable()

@@ -68,7 +68,7 @@ func stream(url string, r *recorder) *Stream {
 		Resync:    time.Hour,
 		Scopes:    []string{"ip", "range"},
 		Sink:      r.sink(),
-		Log:       quiet(),
+		Log:       quiet,
 	}
 }
 
@@ -193,7 +193,8 @@ func TestRun(t *testing.T) {
 	rec := newRecorder()
 	log := new(syncBuffer)
 	s := stream(srv.URL, rec)
-	s.Log = slog.New(slog.NewTextHandler(log, nil))
+	logger := slog.New(slog.NewTextHandler(log, nil))
+	s.Log = func() *slog.Logger { return logger }
 	ctx, cancel := context.WithCancel(context.Background())
 	stopped := make(chan struct{})
 	go func() {
@@ -337,6 +338,6 @@ func FuzzDecode(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body []byte) {
 		s := stream("", newRecorder())
 		s.Sink.Begin(true, time.Now())
-		_, _ = s.decode(bytes.NewReader(body))
+		_, _ = s.decode(&pacedReader{from: bytes.NewReader(body), watch: time.NewTimer(time.Hour), silence: time.Hour})
 	})
 }
