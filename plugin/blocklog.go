@@ -97,10 +97,10 @@ func (b *blockLog) block(req *http.Request, r refusal, v decision.Verdict) {
 	b.mu.Unlock()
 	attrs := []any{
 		"component", "plugin", "layer", "ingress", "middleware", b.name, "reason", r.slug, "status", r.Status,
-		"address", r.Address, "method", req.Method, "host", shortened(req.Host), "path", shortened(req.URL.Path), "total", total,
+		"address", r.Address, "method", shortened(req.Method), "host", shortened(req.Host), "path", shortened(req.URL.Path), "total", total,
 	}
 	if v.Remediation != decision.Allow {
-		attrs = append(attrs, "decision", v.ID, "remediation", v.Type, "value", v.Prefix.String(), "origin", v.Origin, "scenario", v.Scenario, "until", v.Until.UTC().Format(time.RFC3339))
+		attrs = append(attrs, "decision", v.ID, "remediation", v.Remediation.Name(), "type", shortened(v.Type), "value", v.Prefix.String(), "origin", shortened(v.Origin), "scenario", shortened(v.Scenario), "until", v.Until.UTC().Format(time.RFC3339))
 	}
 	if r.logged != "" {
 		attrs = append(attrs, "limit", r.logged)

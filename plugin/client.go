@@ -28,6 +28,10 @@ var proxyPresets = map[string][]string{
 
 func canonical(header string) string { return textproto.CanonicalMIMEHeaderKey(header) }
 
+// maxHops is more proxies than anybody has in a row; a longer chain of trusted
+// ones ends the walk there.
+const maxHops = 64
+
 // clientOf returns the octets of the address that a request is from, given
 // those of the peer that made the connection. A peer that is not trusted is the
 // client, whatever it says. In X-Forwarded-For each proxy adds on the right the
@@ -51,12 +55,14 @@ func clientOf(trusted *decision.Ranges, header string, req *http.Request, peer [
 	}
 	values := req.Header["X-Forwarded-For"]
 	client := peer
+	hops := 0
 	for i := len(values) - 1; i >= 0; i-- {
 		rest := values[i]
 		for {
 			comma := strings.LastIndexByte(rest, ',')
 			next := hop(rest[comma+1:])
-			if next == nil {
+			hops++
+			if next == nil || hops > maxHops {
 				return client
 			}
 			client = next
@@ -88,6 +94,9 @@ func hop(text string) []byte {
 	}
 	if err != nil {
 		withPort, err := netip.ParseAddrPort(text)
+		if err != nil && strings.HasPrefix(text, "[") && strings.HasSuffix(text, "]") {
+			withPort, err = netip.ParseAddrPort(text + ":0")
+		}
 		if err != nil {
 			return nil
 		}

@@ -38,6 +38,8 @@ func TestClientOf(t *testing.T) {
 		{"a port", "", "10.0.0.1", []string{"198.51.100.1:4711"}, "198.51.100.1"},
 		{"IPv6", "", "fd00::1", []string{"2001:DB8::1"}, "2001:db8::1"},
 		{"IPv6 with a port", "", "fd00::1", []string{"[2001:db8::1]:4711"}, "2001:db8::1"},
+		{"IPv6 in brackets", "", "fd00::1", []string{"[2001:db8::1]"}, "2001:db8::1"},
+		{"more hops than there are", "", "10.0.0.1", []string{"198.51.100.1" + strings.Repeat(",10.0.0.2", 500)}, "10.0.0.2"},
 		{"a zone is dropped", "", "10.0.0.1", []string{"2001:db8::1%eth0"}, "2001:db8::1"},
 		{"IPv4 in IPv6", "", "10.0.0.1", []string{"::ffff:198.51.100.1"}, "198.51.100.1"},
 		{"a proxy in IPv6 clothing", "", "10.0.0.1", []string{"198.51.100.1, ::ffff:10.0.0.2"}, "198.51.100.1"},

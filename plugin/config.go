@@ -313,7 +313,7 @@ func understandLAPI(c *checker, s *settings, l *LAPIConfig) {
 		c.fail("lapi.tls: a client certificate needs both its cert and its key")
 	}
 	if l.URL == "" {
-		if hasKey || hasCert {
+		if hasKey || hasCert || l.TLS.CA != "" || l.TLS.CAFile != "" {
 			c.fail("lapi.url is missing: give LAPI's address, for instance http://crowdsec-service.crowdsec:8080")
 		}
 		return
@@ -327,7 +327,8 @@ func understandLAPI(c *checker, s *settings, l *LAPIConfig) {
 	u, err := url.Parse(l.URL)
 	switch {
 	case err != nil:
-		c.fail("lapi.url %q is not a URL", l.URL)
+		// Without the text, which may hold a password.
+		c.fail("lapi.url is not a URL: want http://HOST:PORT, https://HOST:PORT or unix:///PATH")
 	case u.User != nil:
 		c.fail("lapi.url must not hold a user or password: use lapi.keyFile")
 	case u.RawQuery != "" || u.Fragment != "":
@@ -336,6 +337,9 @@ func understandLAPI(c *checker, s *settings, l *LAPIConfig) {
 		if u.Host != "" || u.Path == "" {
 			c.fail("lapi.url %q: want unix:///path/to/socket", l.URL)
 		}
+		if s.lapi.tls != (tlsSource{}) {
+			c.fail("lapi.tls is of no use with a unix socket: remove it, and give a key")
+		}
 		s.lapi.socket = u.Path
 		s.lapi.url = "http://lapi"
 	case u.Scheme == "http" || u.Scheme == "https":
@@ -343,8 +347,8 @@ func understandLAPI(c *checker, s *settings, l *LAPIConfig) {
 			c.fail("lapi.url %q has no host", l.URL)
 		}
 		s.lapi.url = u.Scheme + "://" + strings.ToLower(u.Host) + strings.TrimRight(u.Path, "/")
-		if hasCert && u.Scheme == "http" {
-			c.fail("lapi.tls holds a client certificate and lapi.url is not https")
+		if s.lapi.tls != (tlsSource{}) && u.Scheme == "http" {
+			c.fail("lapi.tls is of no use with http: make lapi.url https, or remove it")
 		}
 	default:
 		c.fail("lapi.url %q: want http://, https:// or unix://", l.URL)
@@ -355,19 +359,40 @@ func understandDecisions(c *checker, s *settings, d *DecisionsConfig) {
 	unknown(c, "decisions.", d.Unknown, *d)
 	fallback, err := decision.ParseFallback(d.Fallback)
 	if err != nil {
-		c.fail("decisions.fallback %q: want ban, captcha or ignore", d.Fallback)
+		c.fail("decisions.fallback: %v", err)
 	}
 	s.policy.Fallback = fallback
 	if len(d.Allow) > 0 {
 		s.policy.Allow = ranges(c, "decisions.allow", d.Allow, false)
 	}
+	words(c, "decisions.origins", d.Origins)
+	words(c, "decisions.exceptOrigins", d.ExceptOrigins)
+	words(c, "decisions.scenarios", d.Scenarios)
+	words(c, "decisions.exceptScenarios", d.ExceptScenarios)
 	if len(d.Origins)+len(d.ExceptOrigins)+len(d.Scenarios)+len(d.ExceptScenarios) > 0 {
 		s.policy.Accept = acceptor(d)
 	}
 	s.failClosed = d.FailClosed
+	if d.FailClosed && s.lapi.url == "" {
+		c.fail("decisions.failClosed is of no use without lapi.url")
+	}
 	s.maxAge = duration(c, "decisions.maxAge", d.MaxAge, 10*time.Minute, time.Second, 365*24*time.Hour)
 	if d.MaxAge != "" && !d.FailClosed {
 		c.fail("decisions.maxAge is of no use without decisions.failClosed: true")
+	}
+	if d.FailClosed && s.maxAge < 2*s.lapi.interval {
+		c.fail("decisions.maxAge %s: want at least twice lapi.interval, or every pull comes too late", s.maxAge)
+	}
+}
+
+// words trims the entries of a list, which Traefik may have cut out of one string
+// at its commas. An empty one would match everything.
+func words(c *checker, at string, list []string) {
+	for i, w := range list {
+		list[i] = strings.TrimSpace(w)
+		if list[i] == "" {
+			c.fail("%s has an empty entry: remove it, or a comma too many", at)
+		}
 	}
 }
 
@@ -433,6 +458,9 @@ func understandLimit(c *checker, s *settings, at string, r *RateLimitConfig, nam
 	if !token(r.Key.Header) {
 		c.fail("%s.key.header %q is not a header name", at, r.Key.Header)
 	}
+	if rule.header == "Host" {
+		c.fail("%s.key.header: Host is no header to a Go server; use match.hosts", at)
+	}
 	if r.Key.IPv4Prefix != 0 {
 		rule.bits4 = r.Key.IPv4Prefix
 	}
@@ -448,10 +476,15 @@ func understandLimit(c *checker, s *settings, at string, r *RateLimitConfig, nam
 	if len(r.Exempt) > 0 {
 		rule.exempt = ranges(c, at+".exempt", r.Exempt, false)
 	}
+	words(c, at+".match.hosts", r.Match.Hosts)
+	words(c, at+".match.pathPrefixes", r.Match.PathPrefixes)
+	words(c, at+".match.methods", r.Match.Methods)
 	for _, h := range r.Match.Hosts {
-		h = strings.ToLower(h)
+		h = strings.TrimSuffix(strings.ToLower(h), ".")
 		switch {
-		case strings.HasPrefix(h, "*.") && len(h) > 2 && !strings.ContainsAny(h[2:], "*/ :"):
+		case strings.LastIndexByte(h, ':') > strings.LastIndexByte(h, ']'):
+			c.fail("%s.match.hosts %q: a host is matched without its port", at, h)
+		case strings.HasPrefix(h, "*.") && len(h) > 2 && !strings.ContainsAny(h[2:], "*/ "):
 			rule.suffixes = append(rule.suffixes, h[1:])
 		case h != "" && !strings.ContainsAny(h, "*/ "):
 			if rule.hosts == nil {

@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/edgeward/edgeward/internal/decision"
 )
 
 // good returns a configuration that makes sense, for tests to spoil.
@@ -42,6 +44,9 @@ func TestConfigurationsThatMakeSense(t *testing.T) {
 		}, func(s *settings) bool {
 			l := s.limits[0]
 			return l.policy.Burst == 60 && l.policy.Period == time.Minute && l.always && l.simple && l.bits6 == 64
+		}},
+		{"words around commas", func(c *Config) { c.Decisions.Origins = []string{" cscli", "crowdsec "} }, func(s *settings) bool {
+			return s.policy.Accept(decision.Class{Origin: "cscli"}) && s.policy.Accept(decision.Class{Origin: "crowdsec"}) && !s.policy.Accept(decision.Class{Origin: "CAPI"})
 		}},
 		{"a limit for some", func(c *Config) {
 			c.RateLimits = []RateLimitConfig{{Name: "some", Average: 1, Burst: 3, Match: MatchConfig{Hosts: []string{"A.example", "*.b.example"}, Methods: []string{"post"}}}}
@@ -93,13 +98,13 @@ func TestConfigurationsThatMakeNoSense(t *testing.T) {
 		{func(c *Config) { c.LAPI.Key = "urn:k8s:secret:a:b" }, "still a reference"},
 		{func(c *Config) { c.LAPI.KeyFile = "/k" }, "lapi.key and lapi.keyFile exclude each other"},
 		{func(c *Config) { c.LAPI.TLS.CertFile = "/c" }, "needs both its cert and its key"},
-		{func(c *Config) { c.LAPI.TLS.CertFile, c.LAPI.TLS.KeyFile = "/c", "/k" }, "is not https"},
+		{func(c *Config) { c.LAPI.TLS.CertFile, c.LAPI.TLS.KeyFile = "/c", "/k" }, "is of no use with http"},
 		{func(c *Config) { c.LAPI.TLS.CA, c.LAPI.TLS.CAFile = "x", "/c" }, "exclude each other"},
 		{func(c *Config) { c.LAPI.Interval = "10" }, `lapi.interval "10": want a duration such as 10s`},
 		{func(c *Config) { c.LAPI.Interval = "1ms" }, "lapi.interval 1ms: want 1s to 1h0m0s"},
 		{func(c *Config) { c.LAPI.Timeout = "1h" }, "lapi.timeout"},
 		{func(c *Config) { c.LAPI.Resync = "-1s" }, "lapi.resync"},
-		{func(c *Config) { c.Decisions.Fallback = "allow" }, `decisions.fallback "allow": want ban, captcha or ignore`},
+		{func(c *Config) { c.Decisions.Fallback = "allow" }, `decisions.fallback: read fallback "allow": want ban, captcha or ignore`},
 		{func(c *Config) { c.Decisions.Allow = []string{"10.0.0.0/8", "home"} }, `decisions.allow "home": want an address`},
 		{func(c *Config) { c.Decisions.Allow = []string{"cloudflare"} }, `decisions.allow "cloudflare"`},
 		{func(c *Config) { c.Decisions.MaxAge = "1m" }, "decisions.maxAge is of no use without decisions.failClosed"},
@@ -112,6 +117,25 @@ func TestConfigurationsThatMakeNoSense(t *testing.T) {
 		{func(c *Config) { c.Ban.Status = 200 }, "ban.status 200: want 400 to 599"},
 		{func(c *Config) { c.Log.Level = "loud" }, `log.level "loud"`},
 		{func(c *Config) { c.Log.Format = "xml" }, `log.format "xml"`},
+		{func(c *Config) { c.LAPI.URL = "http://user:s3cret#@[host" }, "lapi.url is not a URL"},
+		{func(c *Config) { c.LAPI.TLS.CAFile = "/ca" }, "lapi.tls is of no use with http"},
+		{func(c *Config) {
+			c.LAPI.URL = "unix:///sock"
+			c.LAPI.TLS.CAFile = "/ca"
+		}, "of no use with a unix socket"},
+		{func(c *Config) { c.Decisions.Origins = []string{"crowdsec", " "} }, "decisions.origins has an empty entry"},
+		{func(c *Config) { c.Decisions.ExceptScenarios = []string{""} }, "decisions.exceptScenarios has an empty entry"},
+		{func(c *Config) {
+			*c = Config{}
+			c.Decisions.FailClosed = true
+		}, "decisions.failClosed is of no use without lapi.url"},
+		{func(c *Config) {
+			c.Decisions.FailClosed = true
+			c.Decisions.MaxAge = "15s"
+		}, "want at least twice lapi.interval"},
+		{func(c *Config) { limit(c).Match.Hosts = []string{"a.example:8443"} }, "without its port"},
+		{func(c *Config) { limit(c).Match.PathPrefixes = []string{""} }, "has an empty entry"},
+		{func(c *Config) { limit(c).Key.Header = "host" }, "Host is no header"},
 		{func(c *Config) { limit(c).Name = "" }, "rateLimits[0]: name is empty"},
 		{func(c *Config) { limit(c).Average = 0 }, "rateLimits[0]: average 0 is not within"},
 		{func(c *Config) { limit(c).Period = "soon" }, `rateLimits[0].period "soon"`},

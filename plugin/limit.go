@@ -99,7 +99,7 @@ func (p limitPolicy) check() error {
 		errs = append(errs, fmt.Errorf("burst %d is not within 1 and %d", p.Burst, limitMaxCount))
 	}
 	if p.Keys != 0 && (p.Keys < 2 || p.Keys > limitMaxCount) {
-		errs = append(errs, fmt.Errorf("keys %d is not within 2 and %d", p.Keys, limitMaxCount))
+		errs = append(errs, fmt.Errorf("maxKeys %d is not within 2 and %d", p.Keys, limitMaxCount))
 	}
 	if p.Members < 0 || p.Members > limitMaxCount {
 		errs = append(errs, fmt.Errorf("members %d is not within 1 and %d", p.Members, limitMaxCount))
@@ -123,6 +123,7 @@ type limitBucket struct {
 	left   float64       // tokens of the lease not yet handed out, a whole number
 	empty  int64         // when ledger holds nothing, ns
 	ledger *rate.Limiter // nil: a new one, all of it leased at time empty
+	since  int64         // when ledger was last entered, ns
 	group  string        // aggregate it is counted under, or ""
 }
 
@@ -255,7 +256,14 @@ func limitRenew(l *limiter, b *limitBucket, now int64) float64 {
 	if b.ledger == nil {
 		b.ledger = rate.NewLimiter(l.limit, l.tokens)
 		b.ledger.AllowN(time.Unix(0, b.empty), l.tokens)
+		b.since = b.empty
 	}
+	// A rate.Limiter that is entered with an earlier time than before counts the
+	// time between twice.
+	if now < b.since {
+		now = b.since
+	}
+	b.since = now
 	t := time.Unix(0, now)
 	level := b.ledger.TokensAt(t)
 	b.ledger.ReserveN(t, l.tokens)

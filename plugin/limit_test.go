@@ -351,7 +351,7 @@ func TestLimitPolicyCheck(t *testing.T) {
 		{func(p *limitPolicy) { p.Period = 32 * 24 * time.Hour }, "period 768h"},
 		{func(p *limitPolicy) { p.Burst = 0 }, "burst 0"},
 		{func(p *limitPolicy) { p.Burst = 1000001 }, "burst 1000001"},
-		{func(p *limitPolicy) { p.Keys = 1 }, "keys 1"},
+		{func(p *limitPolicy) { p.Keys = 1 }, "maxKeys 1"},
 		{func(p *limitPolicy) { p.Members = -1 }, "members -1"},
 	} {
 		p := good
@@ -378,6 +378,26 @@ func TestLimitOvertakenTimes(t *testing.T) {
 	}
 	if retry, _ := limitTake(l, now+int64(time.Millisecond), "k", ""); retry != 0 {
 		t.Error("refused though a token arrived")
+	}
+}
+
+// TestLimitLateCallers: every other caller hands in a time that is 5 ms old, as
+// goroutines that read the clock and then wait for the lock do.
+func TestLimitLateCallers(t *testing.T) {
+	for _, burst := range []int{1, 2, 10} {
+		l := newLimiter(limitPolicy{Name: "n", Average: 100, Period: time.Second, Burst: burst})
+		admitted := 0
+		const step, total = int64(time.Millisecond), int64(10 * time.Second)
+		for now := int64(time.Hour); now < int64(time.Hour)+total; now += step {
+			for _, at := range []int64{now, now - 5*step} {
+				if retry, _ := limitTake(l, at, "k", ""); retry == 0 {
+					admitted++
+				}
+			}
+		}
+		if due := 1000 + burst; admitted > due || admitted < due-burst-2 {
+			t.Errorf("burst %d: %d admitted in 10 s, %d are due", burst, admitted, due)
+		}
 	}
 }
 

@@ -284,7 +284,7 @@ func TestObserveRefusesNothing(t *testing.T) {
 	config.Mode = "observe"
 	config.RateLimits = []RateLimitConfig{{Name: "observed", Average: 1, Period: "1h"}}
 	config.Decisions.FailClosed = true
-	config.Decisions.MaxAge = "1s"
+	config.Decisions.MaxAge = "2s"
 	s := open(t, config)
 	log := &bytes.Buffer{}
 	s.h.(*handler).log = newBlockLog(slog.New(slog.NewJSONHandler(log, nil)), "edgeward@test", true)
@@ -385,6 +385,20 @@ func TestRateLimits(t *testing.T) {
 	} {
 		if rec := s.get("192.0.2.1", edit); rec.Code != 418 || strings.Contains(rec.Header().Get("RateLimit"), "login") {
 			t.Errorf("a request that is no login is counted as one: %d %v", rec.Code, rec.Header())
+		}
+	}
+	for _, path := range []string{"/LOGIN", "/x/../login", "//login", "/./login/a", "/login;x=1", "/\\login", "/a;b/../login"} {
+		r := httptest.NewRequest("pOsT", "http://site.example/", nil)
+		r.URL.Path = path
+		if !limitApplies(&s.h.(*handler).limits[0].rule, r, []byte{192, 0, 2, 1}) {
+			t.Errorf("%s is a way round the limit", path)
+		}
+	}
+	for _, path := range []string{"/", "/x/../log;in", "/loginx", "/x/login"} {
+		r := httptest.NewRequest("POST", "http://site.example/", nil)
+		r.URL.Path = path
+		if limitApplies(&s.h.(*handler).limits[0].rule, r, []byte{192, 0, 2, 1}) {
+			t.Errorf("%s is taken for a login", path)
 		}
 	}
 	s.is("192.0.2.1", 429) // the sixth for all

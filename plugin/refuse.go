@@ -100,9 +100,13 @@ func answer(rw http.ResponseWriter, req *http.Request, r refusal, html *template
 // wins, html before json before text among equals; who names none of them gets
 // text.
 func preferred(accept string) string {
+	// Longer than any browser's; each item costs, and strangers write them.
+	if len(accept) > 512 {
+		accept = accept[:512]
+	}
 	best, top := "text", 0.0
-	for _, item := range strings.Split(accept, ",") {
-		parts := strings.Split(item, ";")
+	for _, item := range strings.SplitN(accept, ",", 17) {
+		parts := strings.SplitN(item, ";", 5)
 		quality := 1.0
 		for _, p := range parts[1:] {
 			p = strings.TrimSpace(p)

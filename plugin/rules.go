@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"net/http"
+	pathpkg "path"
 	"strings"
 
 	"github.com/edgeward/edgeward/internal/decision"
@@ -12,11 +13,19 @@ func limitApplies(rule *limitRule, req *http.Request, octets []byte) bool {
 	if rule.exempt != nil && decision.Contains(rule.exempt, octets) {
 		return false
 	}
-	if rule.methods != nil && !rule.methods[req.Method] {
+	if rule.methods != nil && !rule.methods[strings.ToUpper(req.Method)] {
 		return false
 	}
 	if rule.prefixes != nil && !underOne(req.URL.Path, rule.prefixes) {
-		return false
+		// Some servers read more paths as the same than Traefik does, and a
+		// limit that can be written around is none.
+		path := strings.ReplaceAll(req.URL.Path, "\\", "/")
+		if semicolon := strings.IndexByte(path, ';'); semicolon >= 0 {
+			path = withoutParameters(path)
+		}
+		if cleaned := pathpkg.Clean("/" + path); cleaned == req.URL.Path || !underOne(cleaned, rule.prefixes) {
+			return false
+		}
 	}
 	if rule.hosts != nil || rule.suffixes != nil {
 		host := hostOf(req.Host)
@@ -27,10 +36,22 @@ func limitApplies(rule *limitRule, req *http.Request, octets []byte) bool {
 	return true
 }
 
-// underOne reports whether path is one of the prefixes or lies below one.
+// withoutParameters drops what stands behind a semicolon in each segment.
+func withoutParameters(path string) string {
+	segments := strings.Split(path, "/")
+	for i, s := range segments {
+		if semicolon := strings.IndexByte(s, ';'); semicolon >= 0 {
+			segments[i] = s[:semicolon]
+		}
+	}
+	return strings.Join(segments, "/")
+}
+
+// underOne reports whether path is one of the prefixes or lies below one, in
+// small or capital letters.
 func underOne(path string, prefixes []string) bool {
 	for _, p := range prefixes {
-		if strings.HasPrefix(path, p) && (len(path) == len(p) || p[len(p)-1] == '/' || path[len(p)] == '/') {
+		if len(path) >= len(p) && strings.EqualFold(path[:len(p)], p) && (len(path) == len(p) || p[len(p)-1] == '/' || path[len(p)] == '/') {
 			return true
 		}
 	}
@@ -63,12 +84,12 @@ func limitKey(octets []byte, bits4, bits6 int) (key, group string) {
 		if bits4 == 32 {
 			return string(octets), ""
 		}
-		return "4" + network(octets, bits4), ""
+		return "ipv4 " + network(octets, bits4), ""
 	}
 	if bits6 > 48 && len(octets) == 16 {
 		group = string(octets[:6])
 	}
-	return "6" + network(octets, bits6), group
+	return "ipv6 " + network(octets, bits6), group
 }
 
 // network returns the octets of the range of the given length around an

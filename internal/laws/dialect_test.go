@@ -27,6 +27,7 @@ var dialect = []func(*unit) []violation{
 	checkImports,
 	checkSymbols,
 	checkRanges,
+	checkMisread,
 	checkLoopVariables,
 	checkMarshalers,
 	checkGoroutines,
@@ -314,6 +315,43 @@ func checkRanges(u *unit) []violation {
 				}
 			case *types.Signature:
 				bad = append(bad, f.at(loop.Pos(), "Yaegi does not range over functions"))
+			}
+			return true
+		})
+	}
+	return bad
+}
+
+// checkMisread reports what Yaegi reads as something else: select statements,
+// whose cases all goroutines share; parameters without a name in a literal that
+// has a result, which end up in each other's places; and nil in a list of
+// assigned values, which panics.
+func checkMisread(u *unit) []violation {
+	var bad []violation
+	for _, f := range u.files {
+		ast.Inspect(f.syntax, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.SelectStmt:
+				bad = append(bad, f.at(n.Pos(), "Yaegi shares the cases of a select among goroutines: wait for one channel, such as a context's"))
+			case *ast.FuncLit:
+				if n.Type.Results == nil {
+					return true
+				}
+				for _, p := range n.Type.Params.List {
+					if len(p.Names) == 0 {
+						bad = append(bad, f.at(p.Pos(), "Yaegi misplaces the parameters of a literal that does not name them: call them _"))
+						break
+					}
+				}
+			case *ast.AssignStmt:
+				if len(n.Rhs) < 2 {
+					return true
+				}
+				for _, value := range n.Rhs {
+					if name, ok := value.(*ast.Ident); ok && name.Name == "nil" {
+						bad = append(bad, f.at(value.Pos(), "Yaegi panics on nil in a list of assigned values: one assignment a line"))
+					}
+				}
 			}
 			return true
 		})
