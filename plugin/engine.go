@@ -52,7 +52,7 @@ func hashed(parts ...string) string {
 type engine struct {
 	id     string
 	place  string
-	screen atomic.Value // *decision.Screen of the table in force, never nil
+	sight  atomic.Value // *sight of the table in force, never nil
 	pulled atomic.Int64 // Unix ns of the last good pull; 0 for never
 	log    atomic.Value // *slog.Logger of the middleware built last
 	stop   context.CancelFunc
@@ -198,7 +198,7 @@ func (r *engineRegistry) start(id string, s source, log *slog.Logger) *engine {
 	e := &engine{id: id, place: s.place(), running: s, wants: map[source]int{}, stop: cancel, restart: func() {}}
 	e.log.Store(log)
 	e.store = decision.NewStore()
-	e.screen.Store(decision.NewScreen(e.store.Compile(), nil))
+	e.publish(e.store.Compile())
 	r.inherit(e)
 	r.all[id] = e
 	go func() {
@@ -222,7 +222,7 @@ func (r *engineRegistry) inherit(e *engine) {
 		at := other.pulled.Load()
 		if other.place == e.place && at > e.pulled.Load() {
 			e.pulled.Store(at)
-			e.screen.Store(other.screen.Load())
+			e.publish(other.table())
 			e.store = decision.Resume(e.table())
 		}
 		if other.users == 0 && at > latest {
@@ -231,7 +231,7 @@ func (r *engineRegistry) inherit(e *engine) {
 		}
 	}
 	if e.pulled.Load() == 0 && idle != nil {
-		e.screen.Store(idle.screen.Load())
+		e.publish(idle.table())
 	}
 }
 
@@ -243,7 +243,7 @@ func (r *engineRegistry) bequeath(e *engine) {
 	}
 	for _, other := range r.all {
 		if other != e && other.pulled.Load() == 0 && other.table().Len() == 0 {
-			other.screen.Store(e.screen.Load())
+			other.publish(e.table())
 		}
 	}
 }
@@ -285,14 +285,12 @@ func (r *engineRegistry) countRivals() {
 }
 
 // table returns the table in force.
-func (e *engine) table() *decision.Table { return e.screen.Load().(*decision.Screen).Table }
+func (e *engine) table() *decision.Table { return e.sight.Load().(*sight).table }
 
 func (e *engine) logger() *slog.Logger { return e.log.Load().(*slog.Logger) }
 
 // publish puts a table in force.
-func (e *engine) publish(t *decision.Table) {
-	e.screen.Store(decision.NewScreen(t, e.screen.Load().(*decision.Screen)))
-}
+func (e *engine) publish(t *decision.Table) { e.sight.Store(newSight(t)) }
 
 // stale reports whether nothing can be known: no good pull within maxAge.
 func (e *engine) stale(now time.Time, maxAge time.Duration) bool {

@@ -19,14 +19,13 @@ package plugin
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"html/template"
 	"net/http"
 	"net/netip"
 	"os"
-	"sort"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -43,10 +42,11 @@ type handler struct {
 	name     string
 	settings *settings
 	engine   *engine       // nil without LAPI
-	screen   *atomic.Value // of *decision.Screen
+	sight    *atomic.Value // of *sight
 	view     atomic.Value  // *decision.View of the table seen last
 	trusted  *decision.Ranges
-	closed   bool // refuse whom nothing can be known of
+	peers    atomic.Value // *texts: connections of trusted proxies
+	closed   bool         // refuse whom nothing can be known of
 	limits   []*limit
 	throttle *limiter
 	page     *template.Template
@@ -81,8 +81,9 @@ func New(ctx context.Context, next http.Handler, config *Config, name string) (h
 		trusted:  s.trusted,
 		page:     page(s.pageFile, log),
 		log:      newBlockLog(log, name, s.observe),
-		screen:   &atomic.Value{},
+		sight:    &atomic.Value{},
 	}
+	h.peers.Store(&texts{})
 	now := int64(time.Since(epoch))
 	for _, rule := range s.limits {
 		l := &limit{rule: rule, limiter: limiters.acquire(rule.policy, now)}
@@ -92,10 +93,10 @@ func New(ctx context.Context, next http.Handler, config *Config, name string) (h
 		h.limits = append(h.limits, l)
 	}
 	if s.lapi.url == "" {
-		h.screen.Store(decision.NewScreen(decision.NewStore().Compile(), nil))
+		h.sight.Store(newSight(decision.NewStore().Compile()))
 	} else {
 		h.engine = engines.acquire(s.lapi, log)
-		h.screen = &h.engine.screen
+		h.sight = &h.engine.sight
 		h.closed = s.failClosed
 		h.throttle = limiters.acquire(throttlePolicy, now)
 	}
@@ -116,7 +117,7 @@ func shortest(h *handler) http.Handler {
 		return h
 	}
 	if h.trusted != nil {
-		p := &proxied{next: h.next, screen: h.screen, trusted: h.trusted, header: h.settings.header, all: h}
+		p := &proxied{next: h.next, sight: h.sight, peers: &h.peers, header: h.settings.header, all: h}
 		if p.header == "" {
 			p.header = "X-Forwarded-For"
 		}
@@ -127,9 +128,9 @@ func shortest(h *handler) http.Handler {
 		return p
 	}
 	if one != nil {
-		return &limited{next: h.next, screen: h.screen, limiter: one.limiter, shown: one.shown, all: h}
+		return &limited{next: h.next, sight: h.sight, limiter: one.limiter, shown: one.shown, all: h}
 	}
-	return &direct{next: h.next, screen: h.screen, all: h}
+	return &direct{next: h.next, sight: h.sight, all: h}
 }
 
 // close gives back what New acquired. Requests still under way keep what they
@@ -147,14 +148,21 @@ func (h *handler) close() {
 
 // ServeHTTP implements http.Handler for every configuration.
 func (h *handler) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
-	peer, _ := netip.ParseAddrPort(req.RemoteAddr)
-	serve(h, rw, req, resolve(h, req, peer.Addr().AsSlice()))
-}
-
-// serve is what happens to a request of the client with these octets.
-func serve(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte) {
-	if (h.closed || decision.Covered(h.screen.Load().(*decision.Screen).Table, octets)) && judge(h, rw, req, octets) {
-		return
+	parsed, _ := netip.ParseAddrPort(req.RemoteAddr)
+	peer := bare(req, parsed.Addr().AsSlice())
+	octets := peer
+	text := req.RemoteAddr
+	if h.trusted != nil {
+		octets = clientOf(h.trusted, h.settings.header, req, peer)
+		text = h.remembered(req, peer)
+	}
+	s := h.sight.Load().(*sight)
+	if h.closed || decision.Covered(s.table, octets) {
+		if judge(h, rw, req, octets) {
+			return
+		}
+	} else if text != "" && len(octets) > 0 {
+		note(h.sight, s, text, octets)
 	}
 	if h.limits != nil && overLimit(h, rw, req, octets) {
 		return
@@ -162,31 +170,49 @@ func serve(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte)
 	h.next.ServeHTTP(rw, req)
 }
 
+// remembered returns the text by which a client behind a trusted proxy can be
+// known again, a header that holds its address alone, and remembers the proxy's
+// connection. It returns "" where there is no such text.
+func (h *handler) remembered(req *http.Request, peer []byte) string {
+	if !decision.Contains(h.trusted, peer) {
+		return ""
+	}
+	header := h.settings.header
+	if header == "" {
+		header = "X-Forwarded-For"
+	}
+	values := req.Header[header]
+	if len(values) != 1 || strings.IndexByte(values[0], ',') >= 0 || hop(values[0]) == nil {
+		return ""
+	}
+	if peers := h.peers.Load().(*texts); !peers.remember(req.RemoteAddr, peer) {
+		h.peers.CompareAndSwap(peers, &texts{})
+	}
+	return values[0]
+}
+
 // direct is the short way for a middleware that only enforces decisions on
-// whoever makes the connection. What it cannot settle at a glance goes to the
-// handler. It is the hot path: one parsed address, one binary search.
+// whoever makes the connection. It knows the connections that were found free
+// under the table in force; all others are the handler's. It is the hot path.
 type direct struct {
-	next   http.Handler
-	screen *atomic.Value
-	all    *handler
+	next  http.Handler
+	sight *atomic.Value
+	all   *handler
 }
 
 // ServeHTTP implements http.Handler.
 func (h *direct) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
-	peer, _ := netip.ParseAddrPort(req.RemoteAddr)
-	octets := peer.Addr().AsSlice()
-	if len(octets) != 4 || sort.SearchInts(h.screen.Load().(*decision.Screen).Four, int(binary.BigEndian.Uint32(octets))+1)&1 == 1 {
-		serve(h.all, rw, req, resolve(h.all, req, octets))
+	if _, free := h.sight.Load().(*sight).free.octets.Load(req.RemoteAddr); free {
+		h.next.ServeHTTP(rw, req)
 		return
 	}
-	h.next.ServeHTTP(rw, req)
+	h.all.ServeHTTP(rw, req)
 }
 
 // limited is direct with one rate limit that counts every request by address.
-// It repeats direct's lines because a call would cost as much as they do.
 type limited struct {
 	next    http.Handler
-	screen  *atomic.Value
+	sight   *atomic.Value
 	limiter *limiter
 	shown   []string
 	all     *handler
@@ -194,14 +220,13 @@ type limited struct {
 
 // ServeHTTP implements http.Handler.
 func (h *limited) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
-	peer, _ := netip.ParseAddrPort(req.RemoteAddr)
-	octets := peer.Addr().AsSlice()
-	if len(octets) != 4 || sort.SearchInts(h.screen.Load().(*decision.Screen).Four, int(binary.BigEndian.Uint32(octets))+1)&1 == 1 {
-		serve(h.all, rw, req, resolve(h.all, req, octets))
+	known, free := h.sight.Load().(*sight).free.octets.Load(req.RemoteAddr)
+	if !free || len(known.(string)) != 4 {
+		h.all.ServeHTTP(rw, req)
 		return
 	}
-	retry, value := limitTake(h.limiter, int64(time.Since(epoch)), string(octets), "")
-	if retry > 0 && exceeded(h.all, h.all.limits[0], rw, req, octets, retry, value) {
+	retry, value := limitTake(h.limiter, int64(time.Since(epoch)), known.(string), "")
+	if retry > 0 && exceeded(h.all, h.all.limits[0], rw, req, []byte(known.(string)), retry, value) {
 		return
 	}
 	if h.shown != nil {
@@ -212,13 +237,13 @@ func (h *limited) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 	h.next.ServeHTTP(rw, req)
 }
 
-// proxied is the short way for a middleware behind trusted proxies, with no
-// limit or a single plain one: it settles IPv4 clients that come by themselves
-// or whose proxy's header holds their address alone.
+// proxied is the short way behind trusted proxies, with no limit or a single
+// plain one. It knows the connections of trusted proxies, and the clients whose
+// address, alone in the header, was found free under the table in force.
 type proxied struct {
 	next    http.Handler
-	screen  *atomic.Value
-	trusted *decision.Ranges
+	sight   *atomic.Value
+	peers   *atomic.Value // of *texts
 	header  string
 	limiter *limiter // nil for none
 	shown   []string
@@ -227,36 +252,28 @@ type proxied struct {
 
 // ServeHTTP implements http.Handler.
 func (h *proxied) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
-	peer, _ := netip.ParseAddrPort(req.RemoteAddr)
-	octets := peer.Addr().AsSlice()
-	if decision.Contains(h.trusted, octets) {
-		octets = claimed(req.Header[h.header])
-	}
-	if len(octets) != 4 || sort.SearchInts(h.screen.Load().(*decision.Screen).Four, int(binary.BigEndian.Uint32(octets))+1)&1 == 1 {
+	values := req.Header[h.header]
+	if _, trusted := h.peers.Load().(*texts).octets.Load(req.RemoteAddr); !trusted || len(values) != 1 {
 		h.all.ServeHTTP(rw, req)
 		return
 	}
-	if h.limiter != nil && limitOne(h, rw, req, octets) {
+	known, free := h.sight.Load().(*sight).free.octets.Load(values[0])
+	if !free || h.limiter != nil && len(known.(string)) != 4 {
+		h.all.ServeHTTP(rw, req)
+		return
+	}
+	if h.limiter != nil && limitOne(h, rw, req, known.(string)) {
 		return
 	}
 	h.next.ServeHTTP(rw, req)
 }
 
-// claimed reads a header that holds a single address, and nothing else.
-func claimed(values []string) []byte {
-	if len(values) != 1 {
-		return nil
-	}
-	client, _ := netip.ParseAddr(values[0])
-	return client.AsSlice()
-}
-
 // limitOne counts a request against the single limit and answers it if that is
 // exceeded; it reports whether it did.
-func limitOne(h *proxied, rw http.ResponseWriter, req *http.Request, octets []byte) bool {
-	retry, value := limitTake(h.limiter, int64(time.Since(epoch)), string(octets), "")
+func limitOne(h *proxied, rw http.ResponseWriter, req *http.Request, octets string) bool {
+	retry, value := limitTake(h.limiter, int64(time.Since(epoch)), octets, "")
 	if retry > 0 {
-		return exceeded(h.all, h.all.limits[0], rw, req, octets, retry, value)
+		return exceeded(h.all, h.all.limits[0], rw, req, []byte(octets), retry, value)
 	}
 	if h.shown != nil {
 		header := rw.Header()
@@ -266,9 +283,9 @@ func limitOne(h *proxied, rw http.ResponseWriter, req *http.Request, octets []by
 	return false
 }
 
-// resolve finds the client behind a peer that is not simply the client, or that
-// is an IPv4 address in IPv6 clothing.
-func resolve(h *handler, req *http.Request, octets []byte) []byte {
+// bare makes the octets of a peer's address those of the one form that the
+// engine knows.
+func bare(req *http.Request, octets []byte) []byte {
 	if len(octets) == 0 {
 		// Not an address with a port; perhaps another plugin put one without.
 		addr, _ := netip.ParseAddr(req.RemoteAddr)
@@ -277,9 +294,6 @@ func resolve(h *handler, req *http.Request, octets []byte) []byte {
 	if len(octets) == 16 {
 		addr, _ := netip.AddrFromSlice(octets)
 		octets = addr.Unmap().AsSlice()
-	}
-	if h.trusted != nil {
-		octets = clientOf(h.trusted, h.settings.header, req, octets)
 	}
 	return octets
 }
@@ -291,7 +305,7 @@ func judge(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte)
 	addr, _ := netip.AddrFromSlice(octets)
 	// Asked before the table is taken, which only gets better after.
 	unknown := h.closed && (len(octets) == 0 || h.engine.stale(now, h.settings.maxAge))
-	table := h.screen.Load().(*decision.Screen).Table
+	table := h.sight.Load().(*sight).table
 	view, _ := h.view.Load().(*decision.View)
 	if view == nil || !view.Reads(table) {
 		view = decision.NewView(table, h.settings.policy)

@@ -504,13 +504,58 @@ func TestTheShortWaysJudgeLikeTheLongOne(t *testing.T) {
 			for _, value := range values {
 				sent, name := value, canonical(header)
 				edit := func(r *http.Request) { r.Header[name] = sent }
+				first := s.get(peer, edit)
 				short := s.get(peer, edit)
 				whole := (&site{t: t, h: long}).get(peer, edit)
+				if first.Code != short.Code {
+					t.Errorf("%s with %s %q: %d at first and then %d", peer, header, value, first.Code, short.Code)
+				}
 				if short.Code != whole.Code || short.Body.String() != whole.Body.String() {
 					t.Errorf("%s with %s %q: %d by the short way, %d by the long one", peer, header, value, short.Code, whole.Code)
 				}
 			}
 		}
+	}
+}
+
+func TestWhoWasFreeIsJudgedAgainUnderANewTable(t *testing.T) {
+	lapi := startLAPI(decisionRow(1, "192.0.2.1", "ban", "crowdsec"))
+	defer lapi.Close()
+	limits := pulling(lapi, "again")
+	limits.RateLimits = []RateLimitConfig{{Name: "again", Average: 1000}}
+	behind := pulling(lapi, "again")
+	behind.Client.TrustedProxies = []string{"10.0.0.1"}
+	plain, limited, proxied := open(t, pulling(lapi, "again")), open(t, limits), open(t, behind)
+	plain.becomes("192.0.2.1", 403)
+	from := func(r *http.Request) { r.Header.Set("X-Forwarded-For", "192.0.2.7") }
+	for i := 0; i < 3; i++ {
+		plain.is("192.0.2.7", 418)
+		limited.is("192.0.2.7", 418)
+		if code := proxied.get("10.0.0.1", from).Code; code != 418 {
+			t.Fatalf("behind a proxy: %d", code)
+		}
+	}
+	lapi.set(false, decisionRow(1, "192.0.2.1", "ban", "crowdsec"), decisionRow(2, "192.0.2.0/29", "ban", "crowdsec"))
+	plain.becomes("192.0.2.7", 403)
+	limited.is("192.0.2.7", 403)
+	if code := proxied.get("10.0.0.1", from).Code; code != 403 {
+		t.Errorf("behind a proxy: %d", code)
+	}
+}
+
+func TestWhoWasFreeIsRememberedWithinBounds(t *testing.T) {
+	config := CreateConfig()
+	s := open(t, config)
+	place := s.h.(*direct).sight
+	for i := 0; i < maxTexts+100; i++ {
+		note(place, place.Load().(*sight), strconv.Itoa(i), []byte{1, 2, 3, 4})
+	}
+	if n := place.Load().(*sight).free.n.Load(); n > 200 {
+		t.Errorf("%d texts are remembered after the bound was passed", n)
+	}
+	note(place, place.Load().(*sight), strings.Repeat("x", 500), []byte{1, 2, 3, 4})
+	if _, ok := place.Load().(*sight).free.octets.Load(strings.Repeat("x", 500)); ok {
+		t.Error("a long text is remembered")
 	}
 }
 

@@ -94,7 +94,7 @@ func sized(b *testing.B, run func(b *testing.B, f *benched)) {
 func BenchmarkBuild(b *testing.B) {
 	sized(b, func(b *testing.B, f *benched) {
 		for i := 0; i < b.N; i++ {
-			NewScreen(load(NewStore(), f.rows), nil)
+			load(NewStore(), f.rows)
 		}
 	})
 }
@@ -129,19 +129,6 @@ func benchDelta(b *testing.B, from *Store, add *Row, remove int) {
 		s.Apply(d, epoch)
 		s.Compile()
 	}
-}
-
-// BenchmarkScreen is what a request path's screen costs after a change.
-func BenchmarkScreen(b *testing.B) {
-	sized(b, func(b *testing.B, f *benched) {
-		last := NewScreen(f.store.Compile(), nil)
-		table := f.overlay.Compile()
-		last = &Screen{Table: table, base: last.base}
-		b.ResetTimer()
-		for i := 0; i < b.N; i++ {
-			NewScreen(table, last)
-		}
-	})
 }
 
 // BenchmarkFold makes base and overlay one.
@@ -196,7 +183,7 @@ func benchCovered(b *testing.B, f *benched, addrs []netip.Addr) {
 	}
 }
 
-// BenchmarkMemory reports what a store with its table and screen holds, in bytes
+// BenchmarkMemory reports what a store with its table holds, in bytes
 // for each decision; its time means nothing.
 func BenchmarkMemory(b *testing.B) {
 	sized(b, func(b *testing.B, f *benched) {
@@ -213,10 +200,10 @@ func BenchmarkMemory(b *testing.B) {
 func weigh(rows []*Row) int {
 	before := heap()
 	s := NewStore()
-	screen := NewScreen(load(s, rows), nil)
+	table := load(s, rows)
 	held := heap() - before
 	runtime.KeepAlive(s)
-	runtime.KeepAlive(screen)
+	runtime.KeepAlive(table)
 	return held
 }
 
