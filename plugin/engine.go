@@ -238,7 +238,7 @@ func (r *engineRegistry) inherit(e *engine) {
 // bequeath hands the table of an engine that has become idle to those that have
 // never had one: the old middlewares may end a moment after the new ones began.
 func (r *engineRegistry) bequeath(e *engine) {
-	if e.pulled.Load() == 0 {
+	if e.pulled.Load() == 0 || r.all[e.id] != e {
 		return
 	}
 	for _, other := range r.all {

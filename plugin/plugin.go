@@ -36,7 +36,7 @@ import (
 var epoch = time.Now()
 
 // handler is one middleware on one router. It is right for every configuration;
-// direct, limited and proxied are short ways for the most common ones.
+// direct, limited, proxied and proxiedLimited are short ways for the most common.
 type handler struct {
 	next     http.Handler
 	name     string
@@ -116,16 +116,15 @@ func shortest(h *handler) http.Handler {
 	if h.closed || one == nil && len(h.limits) > 0 {
 		return h
 	}
+	header := h.settings.header
+	if header == "" {
+		header = "X-Forwarded-For"
+	}
+	if h.trusted != nil && one != nil {
+		return &proxiedLimited{next: h.next, sight: h.sight, peers: &h.peers, header: header, limiter: one.limiter, shown: one.shown, all: h}
+	}
 	if h.trusted != nil {
-		p := &proxied{next: h.next, sight: h.sight, peers: &h.peers, header: h.settings.header, all: h}
-		if p.header == "" {
-			p.header = "X-Forwarded-For"
-		}
-		if one != nil {
-			p.limiter = one.limiter
-			p.shown = one.shown
-		}
-		return p
+		return &proxied{next: h.next, sight: h.sight, peers: &h.peers, header: header, all: h}
 	}
 	if one != nil {
 		return &limited{next: h.next, sight: h.sight, limiter: one.limiter, shown: one.shown, all: h}
@@ -210,6 +209,8 @@ func (h *direct) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 }
 
 // limited is direct with one rate limit that counts every request by address.
+// The four short ways repeat each other's lines, because a call would cost as
+// much as they do.
 type limited struct {
 	next    http.Handler
 	sight   *atomic.Value
@@ -237,50 +238,63 @@ func (h *limited) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 	h.next.ServeHTTP(rw, req)
 }
 
-// proxied is the short way behind trusted proxies, with no limit or a single
-// plain one. It knows the connections of trusted proxies, and the clients whose
-// address, alone in the header, was found free under the table in force.
+// proxied is the short way behind trusted proxies. It knows the connections of
+// trusted proxies, and the clients whose address, alone in the header, was found
+// free under the table in force.
 type proxied struct {
+	next   http.Handler
+	sight  *atomic.Value
+	peers  *atomic.Value // of *texts
+	header string
+	all    *handler
+}
+
+// ServeHTTP implements http.Handler.
+func (h *proxied) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
+	values := req.Header[h.header]
+	if _, trusted := h.peers.Load().(*texts).octets.Load(req.RemoteAddr); trusted && len(values) == 1 {
+		if _, free := h.sight.Load().(*sight).free.octets.Load(values[0]); free {
+			h.next.ServeHTTP(rw, req)
+			return
+		}
+	}
+	h.all.ServeHTTP(rw, req)
+}
+
+// proxiedLimited is proxied with one rate limit that counts every request by
+// address.
+type proxiedLimited struct {
 	next    http.Handler
 	sight   *atomic.Value
 	peers   *atomic.Value // of *texts
 	header  string
-	limiter *limiter // nil for none
+	limiter *limiter
 	shown   []string
 	all     *handler
 }
 
 // ServeHTTP implements http.Handler.
-func (h *proxied) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
+func (h *proxiedLimited) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 	values := req.Header[h.header]
 	if _, trusted := h.peers.Load().(*texts).octets.Load(req.RemoteAddr); !trusted || len(values) != 1 {
 		h.all.ServeHTTP(rw, req)
 		return
 	}
 	known, free := h.sight.Load().(*sight).free.octets.Load(values[0])
-	if !free || h.limiter != nil && len(known.(string)) != 4 {
+	if !free || len(known.(string)) != 4 {
 		h.all.ServeHTTP(rw, req)
 		return
 	}
-	if h.limiter != nil && limitOne(h, rw, req, known.(string)) {
+	retry, value := limitTake(h.limiter, int64(time.Since(epoch)), known.(string), "")
+	if retry > 0 && exceeded(h.all, h.all.limits[0], rw, req, []byte(known.(string)), retry, value) {
 		return
-	}
-	h.next.ServeHTTP(rw, req)
-}
-
-// limitOne counts a request against the single limit and answers it if that is
-// exceeded; it reports whether it did.
-func limitOne(h *proxied, rw http.ResponseWriter, req *http.Request, octets string) bool {
-	retry, value := limitTake(h.limiter, int64(time.Since(epoch)), octets, "")
-	if retry > 0 {
-		return exceeded(h.all, h.all.limits[0], rw, req, []byte(octets), retry, value)
 	}
 	if h.shown != nil {
 		header := rw.Header()
 		header["Ratelimit-Policy"] = h.shown
 		header["Ratelimit"] = value
 	}
-	return false
+	h.next.ServeHTTP(rw, req)
 }
 
 // bare makes the octets of a peer's address those of the one form that the
