@@ -87,6 +87,13 @@ func decisionRow(id int, value, typ, origin string) string {
 	return fmt.Sprintf(`{"id":%d,"scope":%q,"value":%q,"type":%q,"origin":%q,"scenario":"test/%s","duration":"1h0m0s"}`, id, scope, value, typ, origin, origin)
 }
 
+// forgetLimits makes a test repeatable in one process.
+func forgetLimits() {
+	limiters.mu.Lock()
+	limiters.all = map[limitPolicy]*limiter{}
+	limiters.mu.Unlock()
+}
+
 // passed is the handler behind the middleware.
 var passed = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusTeapot) })
 
@@ -276,6 +283,7 @@ func TestAPageThatCannotBeUsed(t *testing.T) {
 }
 
 func TestObserveRefusesNothing(t *testing.T) {
+	forgetLimits()
 	lapi := startLAPI(decisionRow(1, "192.0.2.1", "ban", "crowdsec"), decisionRow(2, "192.0.2.2", "throttle", "crowdsec"))
 	defer lapi.Close()
 	enforcing := open(t, pulling(lapi, "observe"))
@@ -329,6 +337,7 @@ func TestFailClosedAndOpen(t *testing.T) {
 }
 
 func TestThrottleDecisions(t *testing.T) {
+	forgetLimits()
 	lapi := startLAPI(decisionRow(1, "192.0.2.1", "throttle", "crowdsec"), decisionRow(2, "192.0.2.2", "ban", "crowdsec"))
 	defer lapi.Close()
 	s := open(t, pulling(lapi, "throttle"))
@@ -350,6 +359,7 @@ func TestThrottleDecisions(t *testing.T) {
 }
 
 func TestRateLimits(t *testing.T) {
+	forgetLimits()
 	config := CreateConfig()
 	config.Log.Level = "error"
 	config.RateLimits = []RateLimitConfig{
@@ -418,6 +428,7 @@ func TestRateLimits(t *testing.T) {
 }
 
 func TestRateLimitKeys(t *testing.T) {
+	forgetLimits()
 	config := CreateConfig()
 	config.Log.Level = "error"
 	config.RateLimits = []RateLimitConfig{{Name: "keys", Average: 1, Period: "1h", Burst: 1, Key: KeyConfig{Header: "x-api-key", IPv4Prefix: 24, IPv6Prefix: 56}, HideHeaders: true}}
@@ -451,6 +462,7 @@ func TestRateLimitKeys(t *testing.T) {
 }
 
 func TestTheShortWayCountsLikeTheLongOne(t *testing.T) {
+	forgetLimits()
 	for _, extra := range []bool{false, true} {
 		config := CreateConfig()
 		config.Log.Level = "error"
