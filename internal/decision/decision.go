@@ -2,9 +2,8 @@
 // verdicts. It knows how decisions add up (several can hold one address, the
 // strongest live one counts, allowlists beat them all, each ends at its own
 // time) and answers, for any address at any moment, what applies to it and
-// why. The Traefik middleware, the node bouncer and the tunnel connector all
-// search the same Table, so the same decision gives the same verdict at each
-// of them.
+// why. Every enforcement point searches the same Table, so that the same
+// decision gives the same verdict at each of them.
 //
 // The way through the package:
 //

@@ -1,14 +1,16 @@
 package decision
 
 import (
+	"runtime"
 	"sort"
 	"time"
 )
 
 // Store holds every live decision by id and turns deltas into tables. What was
 // compiled last (the base) stays as it is while changes gather beside it in a
-// small overlay, so that a delta costs what the delta weighs; Fold makes the
-// two one again now and then. It belongs to one goroutine.
+// small overlay, so that a delta costs what the delta and the overlay weigh, and
+// never what the base does; Fold makes the two one again before the overlay is
+// large. It belongs to one goroutine.
 type Store struct {
 	base    *block
 	classes *classes
@@ -390,6 +392,9 @@ func (s *Store) Fold(now time.Time) {
 	var four rows[int]
 	var six rows[string]
 	for node, key := range b.key4 {
+		if node&255 == 0 {
+			runtime.Gosched()
+		}
 		for row := b.first[node]; row < b.first[node+1]; row++ {
 			if !dead[row] && b.until[row] > at {
 				four.key = append(four.key, key)

@@ -51,7 +51,9 @@ func open(ctx context.Context, s *story) (_ *gateway, err error) {
 	g := &gateway{story: s, clients: map[string]*http.Client{}, began: time.Now()}
 	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	g.stopped = cancel
+	interrupted := context.AfterFunc(ctx, cancel)
 	defer func() {
+		interrupted()
 		if err != nil {
 			err = errors.Join(err, g.close())
 		}

@@ -91,7 +91,7 @@ func TestFaults(t *testing.T) {
 	for i := range faults {
 		fakes[i] = rigtest.FakeLAPI(t)
 		fakes[i].Answer(stream(before))
-		guard(fmt.Sprintf("fault%d", i), object{"url": fakes[i].URL, "key": "any"})
+		guard(fmt.Sprintf("fault%d", i), object{"url": fakes[i].URL, "key": fmt.Sprintf("any%d", i)})
 	}
 	// What the real one does by itself: it goes away, and it refuses a key.
 	gone, strict := newLAPI(t, rig.LAPIOptions{}), newLAPI(t, rig.LAPIOptions{})

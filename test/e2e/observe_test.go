@@ -89,9 +89,9 @@ func TestLog(t *testing.T) {
 				return more
 			}
 			want := []map[string]any{
-				line(map[string]any{"reason": "decision", "status": 403.0, "address": banned, "decision": ids[banned], "remediation": "ban", "value": banned + "/32", "origin": "cscli", "scenario": "crowdsecurity/ssh-bf"}),
-				line(map[string]any{"reason": "decision", "status": 403.0, "address": ranged, "decision": ids["198.51.100.0/24"], "remediation": "captcha", "value": "198.51.100.0/24", "origin": "cscli", "scenario": "crowdsecurity/http-probing"}),
-				line(map[string]any{"reason": "throttle", "status": 429.0, "address": throttled, "decision": ids[throttled], "remediation": "throttle", "value": throttled + "/128", "origin": "cscli-import", "scenario": "slow down"}),
+				line(map[string]any{"reason": "decision", "status": 403.0, "address": banned, "decision": ids[banned], "remediation": "ban", "type": "ban", "value": banned + "/32", "origin": "cscli", "scenario": "crowdsecurity/ssh-bf"}),
+				line(map[string]any{"reason": "decision", "status": 403.0, "address": ranged, "decision": ids["198.51.100.0/24"], "remediation": "captcha", "type": "captcha", "value": "198.51.100.0/24", "origin": "cscli", "scenario": "crowdsecurity/http-probing"}),
+				line(map[string]any{"reason": "throttle", "status": 429.0, "address": throttled, "decision": ids[throttled], "remediation": "throttle", "type": "throttle", "value": throttled + "/128", "origin": "cscli-import", "scenario": "slow down"}),
 				line(map[string]any{"reason": "rate limit", "status": 429.0, "address": limited, "limit": mode}),
 			}
 			var got []map[string]any

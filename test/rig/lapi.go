@@ -106,9 +106,6 @@ func StartLAPI(ctx context.Context, opts LAPIOptions) (*LAPI, error) {
 	if opts.Chunked {
 		l.env = append(l.env, "CROWDSEC_FEATURE_CHUNKED_DECISIONS_STREAM=true")
 	}
-	if opts.Chunked {
-		l.env = append(l.env, "CROWDSEC_FEATURE_CHUNKED_DECISIONS_STREAM=true")
-	}
 	if err := l.prepare(opts, seed); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}

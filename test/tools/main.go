@@ -49,11 +49,12 @@ func run(ctx context.Context, names []string) error {
 		missing = append(missing, spec)
 		cost += spec.CPU
 	}
-	if len(missing) == 0 {
-		return nil
-	}
+	// The race detector needs the compiler too, even where no tool is missing.
 	if err := installPackages(ctx); err != nil {
 		return err
+	}
+	if len(missing) == 0 {
+		return nil
 	}
 	fmt.Printf("tools: %d to build from source, about %s of processor time together, about half that on two idle cores; if cut, the next run resumes\n", len(missing), cost)
 	for _, spec := range missing {
