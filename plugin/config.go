@@ -522,10 +522,8 @@ func ranges(c *checker, at string, list []string, presets bool) *decision.Ranges
 	for _, word := range list {
 		text := strings.TrimSpace(word)
 		if presets {
-			if preset, ok := proxyPresets[strings.ToLower(text)]; ok {
-				for _, p := range preset {
-					out = append(out, netip.MustParsePrefix(p))
-				}
+			if known, ok := decision.Known(strings.ToLower(text)); ok {
+				out = append(out, known...)
 				continue
 			}
 		}
