@@ -1,0 +1,267 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// endpoints are those of a process with one metric.
+func endpoints(log *slog.Logger) Endpoints {
+	registry := prometheus.NewRegistry()
+	held := prometheus.NewGauge(prometheus.GaugeOpts{Name: "edgeward_bouncer_elements", Help: "Elements that the kernel holds."})
+	held.Set(7)
+	registry.MustRegister(held)
+	return Endpoints{
+		Metrics: registry,
+		Ready:   func() error { return nil },
+		Status:  func() any { return map[string]int{"elements": 7} },
+		Log:     log,
+	}
+}
+
+// serve runs a server on loopback for the length of the test.
+func serve(t *testing.T, e Endpoints) (base string, stop func() error) {
+	t.Helper()
+	s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	stop = sync.OnceValue(func() error { cancel(); return <-ended })
+	t.Cleanup(func() { _ = stop() })
+	return "http://" + s.Addr().String(), stop
+}
+
+func get(t *testing.T, method, url string) (status int, header http.Header, body string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	res, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.StatusCode, res.Header, string(text)
+}
+
+func TestEndpoints(t *testing.T) {
+	var logged bytes.Buffer
+	normal := func(*Endpoints) {}
+	for _, c := range []struct {
+		name   string
+		change func(*Endpoints)
+		method string
+		path   string
+		status int
+		kind   string
+		body   string
+	}{
+		{"alive", normal, "GET", "/healthz", 200, "text/plain; charset=utf-8", "ok\n"},
+		{"ready", normal, "GET", "/readyz", 200, "text/plain; charset=utf-8", "ok\n"},
+		{"not ready", func(e *Endpoints) { e.Ready = func() error { return errors.New("the kernel holds no table yet") } },
+			"GET", "/readyz", 503, "text/plain; charset=utf-8", "the kernel holds no table yet\n"},
+		{"alive, not ready", func(e *Endpoints) { e.Ready = func() error { return errors.New("no") } },
+			"GET", "/healthz", 200, "text/plain; charset=utf-8", "ok\n"},
+		{"readiness panics", func(e *Endpoints) { e.Ready = func() error { panic("nil map") } },
+			"GET", "/readyz", 500, "text/plain; charset=utf-8", "internal error\n"},
+		{"metrics", normal, "GET", "/metrics", 200, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores",
+			"# HELP edgeward_bouncer_elements Elements that the kernel holds.\n# TYPE edgeward_bouncer_elements gauge\nedgeward_bouncer_elements 7\n"},
+		{"metrics but one", func(e *Endpoints) {
+			e.Metrics.(*prometheus.Registry).MustRegister(brokenCollector{})
+		}, "GET", "/metrics", 200, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores",
+			"# HELP edgeward_bouncer_elements Elements that the kernel holds.\n# TYPE edgeward_bouncer_elements gauge\nedgeward_bouncer_elements 7\n"},
+		{"status", normal, "GET", "/v1/status", 200, "application/json", "{\n  \"elements\": 7\n}\n"},
+		{"status that JSON cannot say", func(e *Endpoints) { e.Status = func() any { return math.NaN() } },
+			"GET", "/v1/status", 500, "text/plain; charset=utf-8", "status cannot be written as JSON\n"},
+		{"more routes", func(e *Endpoints) {
+			e.Routes = map[string]http.Handler{"/v1/auth": http.RedirectHandler("/x", http.StatusFound)}
+		}, "POST", "/v1/auth", 302, "", ""},
+		{"unknown", normal, "GET", "/", 404, "text/plain; charset=utf-8", "404 page not found\n"},
+		{"reading only", normal, "POST", "/v1/status", 405, "text/plain; charset=utf-8", "Method Not Allowed\n"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			e := endpoints(slog.New(slog.NewTextHandler(&logged, nil)))
+			c.change(&e)
+			base, stop := serve(t, e)
+			status, header, body := get(t, c.method, base+c.path)
+			if status != c.status || header.Get("Content-Type") != c.kind {
+				t.Errorf("%d %s, want %d %s", status, header.Get("Content-Type"), c.status, c.kind)
+			}
+			if diff := cmp.Diff(c.body, body); diff != "" {
+				t.Error(diff)
+			}
+			if err := stop(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for _, want := range []string{"handler panicked", "path=/readyz", "cannot write status", "the kernel does not answer"} {
+		if !strings.Contains(logged.String(), want) {
+			t.Errorf("%q is not in the log:\n%s", want, logged.String())
+		}
+	}
+}
+
+// brokenCollector is one that cannot read what it should show.
+type brokenCollector struct{}
+
+var brokenDesc = prometheus.NewDesc("edgeward_broken", "Never there.", nil, nil)
+
+func (brokenCollector) Describe(ch chan<- *prometheus.Desc) { ch <- brokenDesc }
+func (brokenCollector) Collect(ch chan<- prometheus.Metric) {
+	ch <- prometheus.NewInvalidMetric(brokenDesc, errors.New("the kernel does not answer"))
+}
+
+func TestTakenAddress(t *testing.T) {
+	s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.listener.Close()
+	_, err = Listen(s.Addr(), endpoints(slog.New(slog.DiscardHandler)))
+	if err == nil || !strings.HasPrefix(err.Error(), "serve metrics and health: ") || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestLostListener: a server that can no longer serve must end the process.
+func TestLostListener(t *testing.T) {
+	s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = s.listener.Close()
+	if err := s.Run(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "serve 127.0.0.1:") {
+		t.Errorf("%v", err)
+	}
+}
+
+// pipes is a listener whose connections are in memory, and so live in the
+// pretended time of synctest.
+type pipes struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case conn := <-p.conns:
+		return conn, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+func (p *pipes) Close() error   { p.once.Do(func() { close(p.closed) }); return nil }
+func (p *pipes) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1} }
+func (p *pipes) dial() net.Conn {
+	ours, theirs := net.Pipe()
+	p.conns <- theirs
+	return ours
+}
+
+func TestSlowClients(t *testing.T) {
+	for _, c := range []struct {
+		name, says string
+		cut        time.Duration // after which the connection ends
+	}{
+		{"never asks", "", readTimeout},
+		{"never ends its header", "GET /healthz HTTP/1.1\r\nHost: a\r\n", readTimeout},
+		{"asks, then holds the connection", "GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n", idleTimeout},
+		{"sends a body that never comes", "GET /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n", readTimeout},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				listener := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
+				s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.DiscardHandler)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				_ = s.listener.Close()
+				s.listener = listener
+				ctx, cancel := context.WithCancel(t.Context())
+				ended := make(chan error, 1)
+				go func() { ended <- s.Run(ctx) }()
+
+				conn := listener.dial()
+				start := time.Now()
+				go func() { _, _ = io.WriteString(conn, c.says) }()
+				_, _ = io.Copy(io.Discard, conn)
+				if took := time.Since(start); took > c.cut+time.Second || took == 0 {
+					t.Errorf("held the connection for %v, want at most %v", took, c.cut)
+				}
+				_ = conn.Close()
+				cancel()
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+func TestAnswersUnderWayComeToTheirEnd(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		needs  time.Duration
+		answer bool
+	}{
+		{"an answer that is nearly there", time.Second, true},
+		{"an answer that is not", time.Minute, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				listener := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
+				e := endpoints(slog.New(slog.DiscardHandler))
+				asked := make(chan struct{})
+				e.Status = func() any { close(asked); time.Sleep(c.needs); return "done" }
+				s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), e)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_ = s.listener.Close()
+				s.listener = listener
+				ctx, cancel := context.WithCancel(t.Context())
+				ended := make(chan error, 1)
+				go func() { ended <- s.Run(ctx) }()
+
+				conn := listener.dial()
+				go func() { _, _ = io.WriteString(conn, "GET /v1/status HTTP/1.1\r\nHost: a\r\n\r\n") }()
+				go func() { <-asked; cancel() }()
+				start := time.Now()
+				text, _ := io.ReadAll(conn)
+				if answered := strings.Contains(string(text), `"done"`); answered != c.answer || time.Since(start) > lastAnswers {
+					t.Errorf("after %v: %q", time.Since(start), text)
+				}
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+				time.Sleep(time.Hour) // the handler too must leave the bubble
+			})
+		})
+	}
+}
