@@ -280,8 +280,22 @@ func CacheDir() (string, error) {
 	return filepath.Join(base, "edgeward"), nil
 }
 
-// Packages are the Debian packages that the builds need beside Go itself.
-var Packages = []string{"gcc", "libc6-dev"}
+// Packages are the Debian packages that the builds and the tests of the kernel
+// need beside Go itself.
+var Packages = []string{"gcc", "libc6-dev", "nftables"}
+
+// ErrNoNft is what CheckNft returns where there is no nft to judge rulesets by.
+var ErrNoNft = errors.New("nft is missing; install it with: apt-get install nftables")
+
+// CheckNft returns ErrNoNft where the nft program is missing.
+func CheckNft() error {
+	for _, path := range []string{"nft", "/usr/sbin/nft"} {
+		if _, err := exec.LookPath(path); err == nil {
+			return nil
+		}
+	}
+	return ErrNoNft
+}
 
 // ErrNoCompiler is the error of a build that needs a C compiler where there is
 // none.

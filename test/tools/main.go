@@ -91,7 +91,7 @@ func choose(names []string) ([]rig.ToolSpec, error) {
 // installPackages brings a fresh machine the Debian packages that the builds
 // need: by itself as root, by telling what to do otherwise.
 func installPackages(ctx context.Context) error {
-	err := rig.CheckCompiler(ctx)
+	err := errors.Join(rig.CheckCompiler(ctx), rig.CheckNft())
 	if err == nil || os.Getuid() != 0 {
 		return err
 	}
@@ -107,8 +107,8 @@ func installPackages(ctx context.Context) error {
 			return fmt.Errorf("install Debian packages: apt-get %s: %w: %s", args[0], err, out)
 		}
 	}
-	if err := rig.CheckCompiler(ctx); err != nil {
-		return errors.Join(errors.New("install Debian packages: they did not bring a working compiler"), err)
+	if err := errors.Join(rig.CheckCompiler(ctx), rig.CheckNft()); err != nil {
+		return errors.Join(errors.New("install Debian packages: they did not bring what is needed"), err)
 	}
 	return nil
 }

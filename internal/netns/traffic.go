@@ -1,0 +1,192 @@
+package netns
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// timeout is how long traffic that should pass may take, and how long one has
+// to wait to be sure that none came.
+const timeout = 300 * time.Millisecond
+
+// Server answers in a namespace: a TCP connection gets back what it sends, a
+// datagram is answered with itself, and who sent it is counted.
+type Server struct {
+	Addr netip.AddrPort // with the port, the same for TCP and UDP
+
+	tcp net.Listener
+	udp *net.UDPConn
+
+	mu     sync.Mutex
+	counts map[netip.Addr]int
+}
+
+// Serve starts a Server on addr (all of them if unspecified), port 0 meaning any.
+func (ns *NS) Serve(addr netip.AddrPort) *Server {
+	ns.t.Helper()
+	s := &Server{counts: map[netip.Addr]int{}}
+	ns.Must(func() error {
+		var err error
+		if s.tcp, err = new(net.ListenConfig).Listen(context.Background(), "tcp", addr.String()); err != nil {
+			return err
+		}
+		s.Addr = netip.AddrPortFrom(addr.Addr(), s.tcp.Addr().(*net.TCPAddr).AddrPort().Port())
+		pc, err := new(net.ListenConfig).ListenPacket(context.Background(), "udp", s.Addr.String())
+		if err != nil {
+			return err
+		}
+		s.udp = pc.(*net.UDPConn)
+		return s.udp.SetReadBuffer(8 << 20)
+	})
+	ns.t.Cleanup(func() {
+		s.tcp.Close()
+		s.udp.Close()
+	})
+	go func() {
+		for {
+			c, err := s.tcp.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				io.Copy(c, c)
+			}()
+		}
+	}()
+	go func() {
+		buf := make([]byte, 1500)
+		for {
+			n, from, err := s.udp.ReadFromUDPAddrPort(buf)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err != nil {
+				continue // such as an unreachable sender
+			}
+			s.mu.Lock()
+			s.counts[from.Addr().Unmap()]++
+			s.mu.Unlock()
+			s.udp.WriteToUDPAddrPort(buf[:n], from)
+		}
+	}()
+	return s
+}
+
+// Received returns how many datagrams came, by sender.
+func (s *Server) Received() map[netip.Addr]int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.counts)
+}
+
+// Dial opens a TCP connection from one of the namespace's addresses.
+func (ns *NS) Dial(from netip.Addr, to netip.AddrPort) (net.Conn, error) {
+	var c net.Conn
+	err := ns.Run(func() error {
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), Timeout: timeout}
+		var err error
+		c, err = d.Dial("tcp", to.String())
+		return err
+	})
+	return c, err
+}
+
+// Echo sends a few bytes over c and reports whether they came back in time.
+func Echo(c net.Conn) error {
+	c.SetDeadline(time.Now().Add(timeout))
+	if _, err := c.Write([]byte("hello")); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(c, make([]byte, 5))
+	return err
+}
+
+// TCP reports whether a connection can be opened and carries data.
+func (ns *NS) TCP(from netip.Addr, to netip.AddrPort) error {
+	c, err := ns.Dial(from, to)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return Echo(c)
+}
+
+// UDP reports whether a datagram is answered.
+func (ns *NS) UDP(from netip.Addr, to netip.AddrPort) error {
+	var c *net.UDPConn
+	err := ns.Run(func() error {
+		var err error
+		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), net.UDPAddrFromAddrPort(to))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return Echo(c)
+}
+
+// Blaster sends datagrams without a pause from each of some addresses in turn.
+type Blaster struct {
+	stop chan struct{}
+	done chan error
+	sent int
+}
+
+// Blast starts a Blaster. The sources have to be the namespace's own.
+func (ns *NS) Blast(to netip.AddrPort, sources ...netip.Addr) *Blaster {
+	ns.t.Helper()
+	conns := make([]*net.UDPConn, len(sources))
+	ns.Must(func() error {
+		for i, from := range sources {
+			var err error
+			// Not connected: errors that come back do not stop a blaster.
+			if conns[i], err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0))); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	b := &Blaster{stop: make(chan struct{}), done: make(chan error, 1)}
+	ns.t.Cleanup(func() {
+		for _, c := range conns {
+			c.Close()
+		}
+	})
+	go func() {
+		var payload [18]byte // the smallest that fills a frame
+		for {
+			for _, c := range conns {
+				select {
+				case <-b.stop:
+					b.done <- nil
+					return
+				default:
+				}
+				binary.BigEndian.PutUint64(payload[:], uint64(b.sent))
+				if _, err := c.WriteToUDPAddrPort(payload[:], to); err != nil {
+					b.done <- fmt.Errorf("blast: %w", err)
+					return
+				}
+				b.sent++
+			}
+		}
+	}()
+	return b
+}
+
+// Stop ends the blast and returns how many datagrams went out.
+func (b *Blaster) Stop() (int, error) {
+	close(b.stop)
+	err := <-b.done
+	return b.sent, err
+}
