@@ -1,0 +1,732 @@
+package bouncer
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/edgeward/edgeward/internal/decision"
+	"github.com/edgeward/edgeward/internal/nft"
+)
+
+// kernel is what an enforcer needs of internal/nft; *nft.Conn is one, and the
+// tests have another.
+type kernel interface {
+	Read() (nft.Have, error)
+	Install(nft.Config, nft.Content) error
+	Update(nft.Changes) error
+	Sample([]netip.Addr) ([]nft.Found, error)
+	Counters() ([]nft.Counter, error)
+	Watch(context.Context) (<-chan nft.Event, error)
+}
+
+var _ kernel = (*nft.Conn)(nil)
+
+// reading is a table and how it is read here. It never changes.
+type reading struct {
+	table     *decision.Table
+	all       *decision.View // what the kernel enforces
+	local     *decision.View // that, without what others decided
+	protected []Protected
+	guarded   zone // of protected
+	private   zone // where only local decisions count
+	watched   zone // both
+}
+
+// place calls visit for what the kernel is to hold because h is held: h itself,
+// nothing where all of it is protected, or, where it reaches into private
+// ranges, its pieces as far as they count. What is protected within a wider
+// range the kernel lets pass by its own list.
+func (r *reading) place(h decision.Held, now time.Time, visit func(decision.Held)) {
+	if !r.watched.meets(h.Prefix) {
+		visit(h)
+		return
+	}
+	if r.guarded.holds(h.Prefix) {
+		return
+	}
+	local, some := r.local.Exactly(r.table, h.Prefix, now)
+	if some && local == h {
+		visit(h)
+		return
+	}
+	r.private.divide(h.Prefix, func(piece netip.Prefix, inside bool) {
+		part := h
+		if inside {
+			if !some {
+				return
+			}
+			part = local
+		}
+		part.Prefix = piece
+		visit(part)
+	})
+}
+
+// enforcer keeps the kernel in step with a table. Its methods may be called from
+// several goroutines; those that write take turns.
+type enforcer struct {
+	kernel kernel
+	config *Config
+	rules  nft.Config
+	now    func() time.Time
+	log    *slog.Logger
+
+	reading  atomic.Pointer[reading]
+	covering atomic.Pointer[[]Covered]
+
+	mu        sync.Mutex // held by whoever writes to the kernel
+	installed bool       // the kernel holds reading, as far as we know
+	ever      bool       // it did at some time
+	fed       bool       // reading is what LAPI or a snapshot said
+	keepUntil time.Time  // until then a predecessor's generation stays
+	ranges    []decision.Held
+	trimmed   map[netip.Prefix][]decision.Held // ranges of which not all counts, by decision
+	spans     []span                           // as the kernel holds ranges and trimmed
+	aside     map[netip.Prefix]bool            // held prefixes that meet watched
+	marks     map[string]uint32
+	memo      map[decision.Class]uint32
+	classes   []nft.Class
+	synced    time.Time // when the kernel was last compared with a whole table
+	deep      time.Time // when it was last looked at closely
+	looked    time.Time // when it was last looked at
+	jumped    bool      // the clock jumped, and no full pull has come since
+	held      int       // elements and ranges at the last look, -1 if not known
+	told      time.Time // when interference was last logged
+
+	state  sync.Mutex
+	event  *nft.Event // that was not answered yet
+	report report
+}
+
+// report is how the enforcer stands.
+type report struct {
+	Have      nft.Have
+	Installed bool // our generation, and nothing since said that it is not whole
+	Fed       bool
+	Looked    time.Time
+	Err       error // of the last write or look
+
+	Installs, Updates, Failures uint64
+	Repairs, Interference       uint64
+	LastWrite                   time.Time
+	LastTook                    time.Duration
+}
+
+// Covered is a decision that covers protected addresses, which usually means
+// that CrowdSec is told wrong client addresses.
+type Covered struct {
+	Prefix   netip.Prefix `json:"prefix"`
+	Origin   string       `json:"origin"`
+	Scenario string       `json:"scenario"`
+	Protects string       `json:"protects"`
+}
+
+func newEnforcer(k kernel, c *Config, now func() time.Time, log *slog.Logger) *enforcer {
+	e := &enforcer{
+		kernel: k, config: c, rules: c.nft(), now: now, log: log.With("component", "enforcer"),
+		marks: map[string]uint32{}, memo: map[decision.Class]uint32{}, held: -1,
+	}
+	r := e.read(&reading{}, decision.NewStore().Compile())
+	if c.Protect.Private {
+		private, _ := decision.Known("private")
+		r.private = zoneOf(private)
+		r.watched = r.private
+	}
+	e.reading.Store(r)
+	e.covering.Store(&[]Covered{})
+	return e
+}
+
+// read returns r with another table.
+func (e *enforcer) read(r *reading, t *decision.Table) *reading {
+	next := *r
+	next.table = t
+	if r.all == nil || !r.all.Reads(t) {
+		next.all = decision.NewView(t, e.config.policy(false))
+		next.local = decision.NewView(t, e.config.policy(true))
+	}
+	return &next
+}
+
+// start looks at what a predecessor left. What it enforces stays, until LAPI has
+// answered or the patience with it is over.
+func (e *enforcer) start() error {
+	have, err := e.kernel.Read()
+	if err != nil {
+		return fmt.Errorf("read what the kernel holds: %w", err)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.note(func(r *report) { r.Have = have })
+	if have.Enforcing {
+		e.keepUntil = e.now().Add(patience)
+		e.log.Info("a predecessor's bans are enforced, keeping them", "generation", have.Generation,
+			"bans", have.Bans4+have.Bans6, "ranges", have.Nets4+have.Nets6, "sameRules", have.Layout == e.rules.Layout())
+	}
+	return nil
+}
+
+// recall takes the table of a snapshot. It counts until follow brings better.
+func (e *enforcer) recall(t *decision.Table) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.reading.Store(e.read(e.reading.Load(), t))
+	e.fed = true
+	e.note(func(r *report) { r.Fed = true })
+}
+
+// follow makes the kernel hold t instead of the table before. touched are the
+// prefixes on which they may differ; with full, all are compared.
+func (e *enforcer) follow(t *decision.Table, touched []netip.Prefix, full bool) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	old := e.reading.Load()
+	r := e.read(old, t)
+	e.reading.Store(r)
+	e.fed = true
+	e.note(func(r *report) { r.Fed = true })
+	now := e.now()
+	if full {
+		e.jumped = false
+		clear(e.memo) // of classes that may be gone
+	}
+	if !e.installed {
+		return e.install("decisions arrived")
+	}
+	w := e.begin(r, now)
+	if full {
+		// What ended since the last comparison has to be said, because the
+		// kernel may hold it under the class of a decision that is gone.
+		changes := decision.Changes(old.all, old.table, e.synced, r.all, r.table, now, slack)
+		done := map[netip.Prefix]bool{}
+		for p := range e.aside {
+			// Of these the views differ, and changes tells of one alone.
+			done[p] = true
+		}
+		for p := range done {
+			h, held := r.all.Exactly(r.table, p, now)
+			w.put(p, h, held)
+		}
+		for _, c := range changes {
+			if !done[c.Prefix] {
+				w.put(c.Prefix, c.Held, !c.Gone)
+			}
+		}
+		w.slack = slack
+		e.synced = now
+	}
+	for _, p := range touched {
+		h, held := r.all.Exactly(r.table, p, now)
+		w.put(p, h, held)
+	}
+	return w.commit()
+}
+
+// slack is how far two answers of LAPI may differ on when the same decision ends.
+const slack = 2 * time.Second
+
+// swap replaces the table by one that says the same.
+func (e *enforcer) swap(t *decision.Table) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.reading.Store(e.read(e.reading.Load(), t))
+}
+
+// protect replaces the protected prefixes.
+func (e *enforcer) protect(list []Protected) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	old := e.reading.Load()
+	if slices.Equal(old.protected, list) {
+		return nil
+	}
+	r := *old
+	r.protected = list
+	r.guarded = zoneOf(prefixesOf(list))
+	r.watched = r.guarded
+	if e.config.Protect.Private {
+		private, _ := decision.Known("private")
+		r.watched = zoneOf(slices.Concat(prefixesOf(list), private))
+	}
+	e.reading.Store(&r)
+	if !e.installed {
+		return nil
+	}
+	e.log.Info("protected addresses changed", "count", len(list))
+	now := e.now()
+	w := e.begin(&r, now)
+	w.changes.Protected = prefixesOf(list)
+	var again []netip.Prefix
+	for p := range e.aside {
+		again = append(again, p)
+	}
+	r.all.Walk(r.table, now, func(h decision.Held) bool {
+		if !e.aside[h.Prefix] && r.watched.meets(h.Prefix) {
+			again = append(again, h.Prefix)
+		}
+		return true
+	})
+	for _, p := range again {
+		h, held := r.all.Exactly(r.table, p, now)
+		w.put(p, h, held)
+	}
+	return w.commit()
+}
+
+// write gathers what one transaction writes.
+type write struct {
+	e       *enforcer
+	r       *reading
+	now     time.Time
+	changes nft.Changes
+	ranges  bool // e.ranges or e.trimmed changed
+	aside   bool // e.aside changed
+	slack   time.Duration
+}
+
+func (e *enforcer) begin(r *reading, now time.Time) *write { return &write{e: e, r: r, now: now} }
+
+// put makes p be held as h says, or not at all.
+func (w *write) put(p netip.Prefix, h decision.Held, held bool) {
+	e := w.e
+	if watched := w.r.watched.meets(p); held && watched {
+		w.aside = w.aside || !e.aside[p]
+		e.aside[p] = true
+	} else if e.aside[p] {
+		w.aside = true
+		delete(e.aside, p)
+	}
+	if p.IsSingleIP() {
+		some := false
+		if held {
+			w.r.place(h, w.now, func(h decision.Held) {
+				some = true
+				w.changes.Put = append(w.changes.Put, e.element(h, w.now))
+			})
+		}
+		if !some {
+			w.changes.Delete = append(w.changes.Delete, p.Addr())
+		}
+		return
+	}
+	w.ranges = true
+	e.forget(p)
+	if held {
+		e.keep(w.r, h, w.now)
+	}
+}
+
+// commit writes what was put. Where the kernel does not take it, all of it is to
+// be installed again.
+func (w *write) commit() error {
+	e := w.e
+	var spans []span
+	if w.ranges {
+		spans = e.lay(w.now)
+		had := slices.DeleteFunc(slices.Clone(e.spans), func(s span) bool {
+			// The kernel has removed them, unless they have just ended.
+			return s.until.Before(w.now.Add(-10 * time.Second))
+		})
+		drop, put := difference(had, spans, w.slack)
+		for _, s := range drop {
+			w.changes.DeleteRanges = append(w.changes.DeleteRanges, e.rangeOf(s, w.now))
+		}
+		for _, s := range put {
+			w.changes.PutRanges = append(w.changes.PutRanges, e.rangeOf(s, w.now))
+		}
+	}
+	if w.aside {
+		e.tellCovering(w.r, w.now)
+	}
+	if w.changes.Empty() {
+		return nil
+	}
+	if len(w.changes.Put)+len(w.changes.PutRanges) > 0 {
+		w.changes.Classes = e.classes // after rangeOf and element have numbered them
+	}
+	start := time.Now()
+	err := e.kernel.Update(w.changes)
+	took := time.Since(start)
+	e.held = -1
+	e.note(func(r *report) {
+		r.Updates++
+		r.LastWrite, r.LastTook, r.Err = w.now, took, err
+		r.Installed = err == nil
+	})
+	if err != nil {
+		e.installed = false
+		e.note(func(r *report) { r.Failures++ })
+		return fmt.Errorf("write bans to the kernel: %w", err)
+	}
+	if w.ranges {
+		e.spans = spans
+	}
+	e.log.Info("bans written", "added", len(w.changes.Put), "removed", len(w.changes.Delete),
+		"rangesAdded", len(w.changes.PutRanges), "rangesRemoved", len(w.changes.DeleteRanges), "took", took.Round(time.Microsecond).String())
+	return nil
+}
+
+// install has the kernel replace what it enforces by a new generation.
+func (e *enforcer) install(why string) error {
+	r := e.reading.Load()
+	now := e.now()
+	e.ranges, e.trimmed, e.aside = nil, map[netip.Prefix][]decision.Held{}, map[netip.Prefix]bool{}
+	singles := 0
+	r.all.Walk(r.table, now, func(h decision.Held) bool {
+		if r.watched.meets(h.Prefix) {
+			e.aside[h.Prefix] = true
+			r.place(h, now, func(h decision.Held) { e.mark(h.Class, h.Remediation) })
+		}
+		if h.Prefix.IsSingleIP() {
+			singles++
+			e.mark(h.Class, h.Remediation)
+			return true
+		}
+		e.keep(r, h, now)
+		return true
+	})
+	e.spans = e.lay(now)
+	for _, s := range e.spans {
+		e.mark(s.class, s.class.Remediation)
+	}
+	content := nft.Content{
+		Classes:   e.classes,
+		Protected: prefixesOf(r.protected),
+		Size:      singles,
+		Elements: func(yield func(nft.Element) bool) {
+			r.all.Walk(r.table, now, func(h decision.Held) bool {
+				more := true
+				if h.Prefix.IsSingleIP() {
+					r.place(h, now, func(h decision.Held) { more = more && yield(e.element(h, now)) })
+				}
+				return more
+			})
+		},
+		Ranges: func(yield func(nft.Range) bool) {
+			for _, s := range e.spans {
+				if !yield(e.rangeOf(s, now)) {
+					return
+				}
+			}
+		},
+	}
+	start := time.Now()
+	err := e.kernel.Install(e.rules, content)
+	took := time.Since(start)
+	e.installed = err == nil
+	e.ever = e.ever || e.installed
+	e.held = -1
+	e.deep, e.synced = now, now
+	have := nft.Have{}
+	if err == nil {
+		have, err = e.kernel.Read()
+	}
+	e.note(func(r *report) {
+		r.Installs++
+		r.LastWrite, r.LastTook, r.Err = now, took, err
+		r.Installed = e.installed
+		if err != nil {
+			r.Failures++
+			return
+		}
+		r.Have, r.Looked = have, now
+	})
+	if err != nil {
+		return fmt.Errorf("install bans in the kernel: %w", err)
+	}
+	e.log.Info("bans installed", "why", why, "mode", string(e.config.Mode), "bans", singles, "ranges", len(e.spans),
+		"generation", have.Generation, "took", took.Round(time.Microsecond).String())
+	e.tellCovering(r, now)
+	return nil
+}
+
+// forget takes the range p out of what is laid out.
+func (e *enforcer) forget(p netip.Prefix) {
+	delete(e.trimmed, p)
+	if i, ok := slices.BinarySearchFunc(e.ranges, p, func(h decision.Held, p netip.Prefix) int { return comparePrefixes(h.Prefix, p) }); ok {
+		e.ranges = slices.Delete(e.ranges, i, i+1)
+	}
+}
+
+// keep puts a range into what is laid out.
+func (e *enforcer) keep(r *reading, h decision.Held, now time.Time) {
+	var pieces []decision.Held
+	r.place(h, now, func(h decision.Held) { pieces = append(pieces, h) })
+	if len(pieces) == 1 && pieces[0].Prefix == h.Prefix {
+		i, _ := slices.BinarySearchFunc(e.ranges, h.Prefix, func(h decision.Held, p netip.Prefix) int { return comparePrefixes(h.Prefix, p) })
+		e.ranges = slices.Insert(e.ranges, i, pieces[0])
+	} else if len(pieces) > 0 {
+		e.trimmed[h.Prefix] = pieces
+	}
+}
+
+// lay lays the ranges out as the kernel is to hold them, and drops those that
+// have ended.
+func (e *enforcer) lay(now time.Time) []span {
+	ended := func(h decision.Held) bool { return !h.Until.After(now) }
+	e.ranges = slices.DeleteFunc(e.ranges, ended)
+	if len(e.trimmed) == 0 {
+		return spansOf(e.ranges)
+	}
+	all := slices.Clone(e.ranges)
+	for p, pieces := range e.trimmed {
+		pieces = slices.DeleteFunc(pieces, ended)
+		if e.trimmed[p] = pieces; len(pieces) == 0 {
+			delete(e.trimmed, p)
+		}
+		all = append(all, pieces...)
+	}
+	slices.SortFunc(all, func(a, b decision.Held) int { return comparePrefixes(a.Prefix, b.Prefix) })
+	return spansOf(all)
+}
+
+func comparePrefixes(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+}
+
+// mark returns the kernel's number of a class, which is its remediation and
+// origin.
+func (e *enforcer) mark(c decision.Class, means decision.Remediation) uint32 {
+	if m, ok := e.memo[c]; ok {
+		return m
+	}
+	if means == decision.Unknown {
+		means, _ = decision.ParseFallback(string(e.config.Decisions.Fallback))
+	}
+	name := means.Name() + "/" + originOf(c)
+	m, ok := e.marks[name]
+	if !ok {
+		m = uint32(len(e.classes) + 1)
+		e.marks[name] = m
+		e.classes = append(e.classes, nft.Class{Mark: m, Name: name})
+	}
+	e.memo[c] = m
+	return m
+}
+
+func (e *enforcer) element(h decision.Held, now time.Time) nft.Element {
+	return nft.Element{Addr: h.Prefix.Addr(), Class: e.mark(h.Class, h.Remediation), Timeout: h.Until.Sub(now)}
+}
+
+func (e *enforcer) rangeOf(s span, now time.Time) nft.Range {
+	return nft.Range{From: s.from, To: s.to, Class: e.mark(s.class, s.class.Remediation), Timeout: s.until.Sub(now)}
+}
+
+// saw takes in that somebody else changed the ruleset of this machine.
+func (e *enforcer) saw(ev nft.Event) {
+	e.state.Lock()
+	defer e.state.Unlock()
+	e.event = &ev
+}
+
+// How often the kernel is looked at closely: by itself, and where others may
+// write to the table and did write to some table.
+const (
+	deepInterval = 10 * time.Minute
+	deepShared   = time.Minute
+)
+
+// verify looks at what the kernel holds, and mends it.
+func (e *enforcer) verify() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.state.Lock()
+	event := e.event
+	e.event = nil
+	e.state.Unlock()
+
+	have, err := e.kernel.Read()
+	if err != nil {
+		e.note(func(r *report) { r.Err = err; r.Failures++ })
+		return fmt.Errorf("read what the kernel holds: %w", err)
+	}
+	now := e.now()
+	e.note(func(r *report) { r.Have, r.Looked, r.Installed = have, now, e.installed && have.Intact })
+	if drift := now.Round(0).Sub(e.looked.Round(0)) - now.Sub(e.looked); !e.looked.IsZero() && (drift > 5*time.Second || drift < -5*time.Second) {
+		e.jumped = true
+	}
+	e.looked = now
+	if !e.installed {
+		switch {
+		case e.ever:
+			return e.install("a write had failed")
+		case !have.Enforcing:
+			return e.install("nothing was enforced")
+		case !e.fed || now.Before(e.keepUntil):
+			return nil
+		}
+		return e.install("LAPI does not answer: bans as they were saved")
+	}
+	if !have.Intact {
+		return e.repair(event, "another program changed the table")
+	}
+	total := max(have.Bans4, 0) + max(have.Bans6, 0) + max(have.Nets4, 0) + max(have.Nets6, 0)
+	fell := e.held >= 0 && total < e.held-e.held/100-16
+	e.held = total
+	since := now.Sub(e.deep)
+	if since > deepInterval || event != nil && !have.Owner && (since > deepShared || fell) {
+		e.deep = now
+		if !e.jumped { // what ended, and when, is then anybody's guess
+			doubt, err := e.compare(have, now)
+			if err != nil {
+				e.note(func(r *report) { r.Err = err })
+				return err
+			}
+			if doubt != "" {
+				return e.repair(event, doubt)
+			}
+		}
+	}
+	e.note(func(r *report) { r.Err = nil })
+	return nil
+}
+
+// repair installs everything again because somebody interfered.
+func (e *enforcer) repair(event *nft.Event, what string) error {
+	e.note(func(r *report) { r.Interference++ })
+	process, pid := "", uint32(0)
+	if event != nil {
+		process, pid = event.Process, event.PID
+	}
+	if now := e.now(); now.Sub(e.told) > deepInterval {
+		e.told = now
+		e.log.Warn("the kernel does not hold what was written, restoring it", "why", what, "process", process, "pid", pid)
+	}
+	err := e.install("restored: " + what)
+	if err == nil {
+		e.note(func(r *report) { r.Repairs++ })
+	}
+	return err
+}
+
+// compare looks closely at what the kernel holds: how many there are, as far as
+// what ends about now leaves that open, and some of them one by one. It returns
+// what is wrong, if anything is.
+func (e *enforcer) compare(have nft.Have, now time.Time) (string, error) {
+	const samples = 16
+	// What timed out is counted until the kernel collects it.
+	uncollected := now.Add(-3 * time.Minute)
+	sure := now.Add(slack)
+	r := e.reading.Load()
+	var least, most [2]int
+	var asked []decision.Held
+	seen := 0
+	family := func(a netip.Addr) int {
+		if a.Is4() {
+			return 0
+		}
+		return 1
+	}
+	r.all.Walk(r.table, uncollected, func(h decision.Held) bool {
+		if !h.Prefix.IsSingleIP() {
+			return true
+		}
+		r.place(h, uncollected, func(h decision.Held) {
+			f := family(h.Prefix.Addr())
+			most[f]++
+			if !h.Until.After(sure) {
+				return
+			}
+			least[f]++
+			seen++
+			if len(asked) < samples {
+				asked = append(asked, h)
+			} else if i := rand.IntN(seen); i < samples {
+				asked[i] = h
+			}
+		})
+		return true
+	})
+	for f, n := range []int{have.Bans4, have.Bans6} {
+		if n >= 0 && (n < least[f] || n > most[f]) {
+			return fmt.Sprintf("%d addresses of IPv%d are banned there, not %d to %d", n, 4+2*f, least[f], most[f]), nil
+		}
+	}
+	addrs := make([]netip.Addr, 0, samples+8)
+	until := make([]time.Time, 0, samples+8)
+	for _, h := range asked {
+		addrs = append(addrs, h.Prefix.Addr())
+		until = append(until, h.Until)
+	}
+	for range min(8, len(e.spans)) {
+		s := e.spans[rand.IntN(len(e.spans))]
+		// A single address may be banned for itself, and end otherwise.
+		if _, banned := r.all.Exactly(r.table, single(s.from), now); !banned && s.until.After(sure) {
+			addrs = append(addrs, s.from)
+			until = append(until, s.until)
+		}
+	}
+	if len(addrs) == 0 {
+		return "", nil
+	}
+	found, err := e.kernel.Sample(addrs)
+	if errors.Is(err, nft.ErrNotInstalled) {
+		return "nothing is enforced", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("sample what the kernel holds: %w", err)
+	}
+	for i, f := range found {
+		if left := until[i].Sub(e.now()); !f.Banned() || f.Left < left-10*time.Second {
+			return fmt.Sprintf("%v is banned for another %v there, not %v", addrs[i], f.Left.Round(time.Second), left.Round(time.Second)), nil
+		}
+	}
+	return "", nil
+}
+
+// coveredShown bounds how many decisions are named.
+const coveredShown = 100
+
+// tellCovering finds the decisions that cover protected addresses anew, and
+// names those in the log that are new.
+func (e *enforcer) tellCovering(r *reading, now time.Time) {
+	known := map[netip.Prefix]bool{}
+	for _, c := range *e.covering.Load() {
+		known[c.Prefix] = true
+	}
+	prefixes := make([]netip.Prefix, 0, len(e.aside))
+	for p := range e.aside {
+		if r.guarded.meets(p) {
+			prefixes = append(prefixes, p)
+		}
+	}
+	slices.SortFunc(prefixes, comparePrefixes)
+	list := []Covered{}
+	logged := 0
+	for _, p := range prefixes {
+		h, held := r.all.Exactly(r.table, p, now)
+		if !held || len(list) == coveredShown {
+			continue
+		}
+		c := Covered{Prefix: p, Origin: originOf(h.Class), Scenario: h.Class.Scenario, Protects: whyProtected(r.protected, p)}
+		list = append(list, c)
+		if !known[p] && logged < 10 {
+			logged++
+			e.log.Warn("a decision covers a protected address, which stays reachable: is CrowdSec told wrong client addresses?",
+				"value", p.String(), "origin", c.Origin, "scenario", c.Scenario, "protects", c.Protects)
+		}
+	}
+	e.covering.Store(&list)
+}
+
+func (e *enforcer) note(change func(*report)) {
+	e.state.Lock()
+	defer e.state.Unlock()
+	change(&e.report)
+}
+
+// stands returns how the enforcer stands. It never waits for the kernel.
+func (e *enforcer) stands() report {
+	e.state.Lock()
+	defer e.state.Unlock()
+	return e.report
+}

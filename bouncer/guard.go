@@ -1,0 +1,251 @@
+package bouncer
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/edgeward/edgeward/internal/decision"
+)
+
+// Protected is a prefix that no decision stops, and why.
+type Protected struct {
+	Prefix netip.Prefix `json:"prefix"`
+	Why    string       `json:"why"`
+}
+
+// guard knows what is protected. What it found once stays protected while it
+// cannot look again.
+type guard struct {
+	fixed   []Protected
+	sources []source
+	log     *slog.Logger
+}
+
+// source is one place where protected addresses are found out.
+type source struct {
+	why     string
+	read    func(context.Context) ([]netip.Prefix, error)
+	last    []netip.Prefix
+	trouble string // as logged
+}
+
+// newGuard returns the guard of this machine; getenv is os.Getenv, where
+// Kubernetes says where its API server is.
+func newGuard(c *Config, getenv func(string) string, log *slog.Logger) *guard {
+	g := &guard{log: log.With("component", "guard")}
+	fix := func(why string, prefixes ...netip.Prefix) {
+		for _, p := range prefixes {
+			g.fixed = append(g.fixed, Protected{p, why})
+		}
+	}
+	for _, text := range []string{"127.0.0.0/8", "::1/128"} {
+		fix("loopback", netip.MustParsePrefix(text))
+	}
+	for _, text := range []string{"169.254.0.0/16", "fe80::/10"} {
+		fix("link-local", netip.MustParsePrefix(text))
+	}
+	for _, text := range []string{"0.0.0.0/32", "::/128"} {
+		fix("a machine that has no address yet", netip.MustParsePrefix(text))
+	}
+	fix("protect.addresses", c.Protect.Addresses...)
+	fix("protect.cluster: pods and services", c.Protect.Cluster...)
+	if c.Protect.Cloudflare {
+		known, _ := decision.Known("cloudflare")
+		fix("Cloudflare's edge", known...)
+	}
+	g.sources = []source{
+		{why: "this node's own address", read: interfaceAddrs},
+		{why: "the default gateway", read: gateways},
+		{why: "a DNS server of this node", read: nameservers},
+	}
+	if host := hostOf(c.LAPI.URL); host != "" {
+		g.sources = append(g.sources, source{why: "LAPI", read: func(ctx context.Context) ([]netip.Prefix, error) { return resolve(ctx, host) }})
+	}
+	if host := getenv("KUBERNETES_SERVICE_HOST"); host != "" {
+		g.sources = append(g.sources, source{why: "the Kubernetes API server", read: func(ctx context.Context) ([]netip.Prefix, error) { return resolve(ctx, host) }})
+	}
+	return g
+}
+
+// look returns all that is protected now, sorted, each prefix once.
+func (g *guard) look(ctx context.Context) []Protected {
+	out := slices.Clone(g.fixed)
+	for i := range g.sources {
+		s := &g.sources[i]
+		found, err := s.read(ctx)
+		switch {
+		case err == nil:
+			s.last = found
+			s.trouble = ""
+		case ctx.Err() == nil && err.Error() != s.trouble:
+			s.trouble = err.Error()
+			g.log.Warn("cannot find out protected addresses, keeping the last ones", "of", s.why, "err", err)
+		}
+		for _, p := range s.last {
+			out = append(out, Protected{p, s.why})
+		}
+	}
+	slices.SortStableFunc(out, func(a, b Protected) int {
+		if c := a.Prefix.Addr().Compare(b.Prefix.Addr()); c != 0 {
+			return c
+		}
+		return a.Prefix.Bits() - b.Prefix.Bits()
+	})
+	return slices.CompactFunc(out, func(a, b Protected) bool { return a.Prefix == b.Prefix })
+}
+
+// whyProtected returns why p, or part of it, is protected; the narrowest reason
+// says most.
+func whyProtected(list []Protected, p netip.Prefix) string {
+	why, bits := "", -1
+	for _, g := range list {
+		if g.Prefix.Overlaps(p) && g.Prefix.Bits() > bits {
+			why, bits = g.Why, g.Prefix.Bits()
+		}
+	}
+	return why
+}
+
+func prefixesOf(list []Protected) []netip.Prefix {
+	out := make([]netip.Prefix, len(list))
+	for i, p := range list {
+		out[i] = p.Prefix
+	}
+	return out
+}
+
+func single(a netip.Addr) netip.Prefix {
+	a = a.Unmap().WithZone("")
+	return netip.PrefixFrom(a, a.BitLen())
+}
+
+func interfaceAddrs(context.Context) ([]netip.Prefix, error) {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, fmt.Errorf("list interface addresses: %w", err)
+	}
+	var out []netip.Prefix
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok {
+			if addr, ok := netip.AddrFromSlice(n.IP); ok {
+				out = append(out, single(addr))
+			}
+		}
+	}
+	return out, nil
+}
+
+func gateways(context.Context) ([]netip.Prefix, error) {
+	four, err := os.ReadFile("/proc/net/route")
+	if err != nil {
+		return nil, fmt.Errorf("read routes: %w", err)
+	}
+	six, err := os.ReadFile("/proc/net/ipv6_route")
+	if err != nil && !os.IsNotExist(err) { // a kernel without IPv6 has none
+		return nil, fmt.Errorf("read routes: %w", err)
+	}
+	return append(parseRoutes4(four), parseRoutes6(six)...), nil
+}
+
+// parseRoutes4 returns the default gateways of /proc/net/route, whose lines are
+// "Iface Destination Gateway Flags RefCnt Use Metric Mask ...", with addresses as
+// the machine's integers.
+func parseRoutes4(text []byte) []netip.Prefix {
+	const zero = "00000000"
+	var out []netip.Prefix
+	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
+		f := strings.Fields(lines.Text())
+		if len(f) < 8 || f[1] != zero || f[7] != zero || f[2] == zero {
+			continue
+		}
+		if b, err := hex.DecodeString(f[2]); err == nil && len(b) == 4 {
+			var a [4]byte
+			binary.NativeEndian.PutUint32(a[:], binary.BigEndian.Uint32(b))
+			out = append(out, single(netip.AddrFrom4(a)))
+		}
+	}
+	return out
+}
+
+// parseRoutes6 returns the default gateways of /proc/net/ipv6_route, whose lines
+// are "destination length source length nexthop ...", in network order.
+func parseRoutes6(text []byte) []netip.Prefix {
+	zero := strings.Repeat("0", 32)
+	var out []netip.Prefix
+	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
+		f := strings.Fields(lines.Text())
+		if len(f) < 5 || f[0] != zero || f[1] != "00" || f[4] == zero {
+			continue
+		}
+		if b, err := hex.DecodeString(f[4]); err == nil && len(b) == 16 {
+			out = append(out, single(netip.AddrFrom16([16]byte(b))))
+		}
+	}
+	return out
+}
+
+func nameservers(context.Context) ([]netip.Prefix, error) {
+	text, err := os.ReadFile("/etc/resolv.conf")
+	if os.IsNotExist(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read DNS servers: %w", err)
+	}
+	return parseNameservers(text), nil
+}
+
+func parseNameservers(text []byte) []netip.Prefix {
+	var out []netip.Prefix
+	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
+		f := strings.Fields(lines.Text())
+		if len(f) < 2 || f[0] != "nameserver" {
+			continue
+		}
+		if addr, err := netip.ParseAddr(f[1]); err == nil {
+			out = append(out, single(addr))
+		}
+	}
+	return out
+}
+
+// hostOf is the host of LAPI's URL; a unix socket has none.
+func hostOf(text string) string {
+	u, err := url.Parse(text)
+	if err != nil {
+		return ""
+	}
+	return u.Hostname()
+}
+
+// resolveTimeout is short: the loop that keeps the kernel in step waits.
+const resolveTimeout = 2 * time.Second
+
+func resolve(ctx context.Context, host string) ([]netip.Prefix, error) {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return []netip.Prefix{single(addr)}, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, fmt.Errorf("resolve %s: %w", host, err)
+	}
+	var out []netip.Prefix
+	for _, a := range addrs {
+		out = append(out, single(a))
+	}
+	return out, nil
+}

@@ -1,0 +1,289 @@
+package bouncer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/edgeward/edgeward/internal/crowdsec"
+	"github.com/edgeward/edgeward/internal/decision"
+	"github.com/edgeward/edgeward/internal/lapi"
+	"github.com/edgeward/edgeward/internal/nft"
+	"github.com/edgeward/edgeward/internal/reconcile"
+)
+
+// Bouncer keeps the bans of one node. Make it with New, give its Sink to a
+// decision stream, and run it; it is a daemon.Task.
+type Bouncer struct {
+	config   *Config
+	kernel   kernel
+	enforcer *enforcer
+	guard    *guard
+	loop     *reconcile.Loop
+	log      *slog.Logger
+	now      func() time.Time
+	began    time.Time
+
+	// Of the goroutine that feeds the Sink.
+	store *decision.Store
+	delta *decision.Delta
+	row   decision.Row
+
+	mu      sync.Mutex
+	feed    feed
+	guarded time.Time // when the guard looked last
+	saved   snapshotState
+}
+
+// feed is what is known of LAPI.
+type feed struct {
+	Pulls, Fulls, Doubts uint64
+	Last, LastFull       time.Time
+	Skipped              map[string]uint64
+	changed              time.Time
+}
+
+type snapshotState struct {
+	At   time.Time
+	Rows int
+	Err  error
+}
+
+// How often the kernel is looked at, what is protected is looked up, and, where
+// decisions changed, they are saved.
+const (
+	verifyInterval = 30 * time.Second
+	guardInterval  = 15 * time.Second
+	saveInterval   = 5 * time.Minute
+)
+
+// New makes the bouncer of this node, on what the kernel enforces already and
+// what the last snapshot says. It changes nothing before Run. getenv is
+// os.Getenv.
+func New(c Config, k *nft.Conn, getenv func(string) string, log *slog.Logger) (*Bouncer, error) {
+	return newBouncer(c, k, newGuard(&c, getenv, log), log)
+}
+
+func newBouncer(c Config, k kernel, g *guard, log *slog.Logger) (*Bouncer, error) {
+	b := &Bouncer{
+		config: &c, kernel: k, guard: g, log: log.With("component", "bouncer"),
+		now: time.Now, began: time.Now(), store: decision.NewStore(),
+		feed: feed{Skipped: map[string]uint64{}},
+	}
+	b.enforcer = newEnforcer(k, &c, b.now, log)
+	b.loop = reconcile.New(reconcile.Config{Name: "kernel", Turn: b.turn, Interval: verifyInterval, Limit: 5 * time.Minute, Log: log})
+	if err := b.enforcer.start(); err != nil {
+		return nil, err
+	}
+	if c.StateDir != "" {
+		rows, written, err := loadSnapshot(c.StateDir, b.store, b.now())
+		switch {
+		case err == nil:
+			b.enforcer.recall(b.store.Compile())
+			b.log.Info("decisions read from the snapshot", "count", rows, "written", written)
+		case errors.Is(err, os.ErrNotExist):
+			b.log.Info("no snapshot yet, nothing is known until LAPI answers")
+		default:
+			b.log.Warn("cannot use the snapshot, nothing is known until LAPI answers", "err", err)
+		}
+	}
+	return b, nil
+}
+
+// String names the task.
+func (b *Bouncer) String() string { return "bouncer" }
+
+// Run keeps the kernel in step until ctx ends, leaves there what it holds, and
+// saves the decisions.
+func (b *Bouncer) Run(ctx context.Context) error {
+	events, err := b.kernel.Watch(ctx)
+	if err != nil {
+		return fmt.Errorf("watch for foreign changes: %w", err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ev := range events {
+			b.enforcer.saw(ev)
+			b.loop.Trigger()
+		}
+	}()
+	// What is protected has to be known before anything is banned.
+	b.protect(ctx)
+	err = b.loop.Run(ctx)
+	<-done
+	b.save(true)
+	return err
+}
+
+// turn brings the kernel into step.
+func (b *Bouncer) turn(ctx context.Context) (time.Time, error) {
+	b.mu.Lock()
+	due := b.now().Sub(b.guarded) >= guardInterval
+	b.mu.Unlock()
+	var err error
+	if due {
+		err = b.protect(ctx)
+	}
+	err = errors.Join(err, b.enforcer.verify())
+	b.save(false)
+	return b.now().Add(guardInterval), err
+}
+
+func (b *Bouncer) protect(ctx context.Context) error {
+	list := b.guard.look(ctx)
+	b.mu.Lock()
+	b.guarded = b.now()
+	b.mu.Unlock()
+	return b.enforcer.protect(list)
+}
+
+// Sink takes in the decision stream.
+func (b *Bouncer) Sink() lapi.Sink {
+	return lapi.Sink{
+		Begin: func(full bool, at time.Time) { b.delta = b.store.NewDelta(full, at) },
+		Add: func(r *lapi.Row) {
+			b.row = decision.Row(*r)
+			b.delta.Add(&b.row)
+		},
+		Delete:     func(id int) { b.delta.Delete(id) },
+		Unreadable: func() { b.delta.Skipped["row"]++ },
+		Commit:     b.commit,
+	}
+}
+
+// commit applies the answer that has arrived whole.
+func (b *Bouncer) commit() (doubt bool) {
+	now := b.now()
+	d := b.delta
+	b.delta = nil
+	var touched []netip.Prefix
+	if !d.Full {
+		touched = b.store.Touches(d)
+	}
+	outcome := b.store.Apply(d, now)
+	changed := d.Full || len(touched) > 0
+	if changed {
+		if err := b.enforcer.follow(b.store.Compile(), touched, d.Full); err != nil {
+			b.log.Warn("cannot bring decisions into the kernel, which goes on with the last ones", "err", err)
+			b.loop.Trigger()
+		}
+	}
+	b.mu.Lock()
+	b.feed.Pulls++
+	b.feed.Last = now
+	if d.Full {
+		b.feed.Fulls++
+		b.feed.LastFull = now
+	}
+	if outcome.Doubt {
+		b.feed.Doubts++
+	}
+	if changed {
+		b.feed.changed = now
+	}
+	for reason, n := range d.Skipped {
+		b.feed.Skipped[reason] += uint64(n)
+	}
+	b.mu.Unlock()
+	for reason, n := range d.Skipped {
+		b.log.Warn("decisions skipped", "reason", reason, "count", n)
+	}
+	if b.store.Due() {
+		b.store.Fold(now)
+		b.enforcer.swap(b.store.Compile())
+	}
+	return outcome.Doubt
+}
+
+// save writes the snapshot if decisions changed since the last one, and with
+// last whenever that was. Nothing is saved before LAPI has answered: there is
+// nothing newer than what was read.
+func (b *Bouncer) save(last bool) {
+	if b.config.StateDir == "" {
+		return
+	}
+	b.mu.Lock()
+	feed, saved := b.feed, b.saved
+	b.mu.Unlock()
+	now := b.now()
+	if feed.Fulls == 0 || !feed.changed.After(saved.At) || !last && now.Sub(saved.At) < saveInterval {
+		return
+	}
+	rows, err := saveSnapshot(b.config.StateDir, b.enforcer.reading.Load().table, now)
+	if err != nil && (saved.Err == nil || saved.Err.Error() != err.Error()) {
+		b.log.Warn("cannot save decisions: a boot without LAPI would begin with old ones, or none", "err", err)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.saved = snapshotState{At: now, Rows: rows, Err: err}
+}
+
+// Ready returns nil when the kernel really holds the bans that LAPI, or a
+// snapshot, tells of; otherwise why not.
+func (b *Bouncer) Ready() error {
+	r := b.enforcer.stands()
+	switch {
+	case !r.Fed:
+		return errors.New("no decisions yet: LAPI has not answered and there is no snapshot")
+	case r.Err != nil:
+		return r.Err
+	case !r.Installed && r.Have.Enforcing:
+		return errors.New("the bans of a predecessor are enforced until LAPI answers")
+	case !r.Installed:
+		return errors.New("bans are not in the kernel yet")
+	case b.now().Sub(r.Looked) > 3*verifyInterval:
+		return fmt.Errorf("the kernel was not looked at since %v", r.Looked.Format(time.TimeOnly))
+	}
+	return nil
+}
+
+// Totals are the usage metrics for LAPI.
+func (b *Bouncer) Totals() (crowdsec.Totals, error) {
+	counters, err := b.kernel.Counters()
+	if err != nil {
+		return nil, err
+	}
+	out := crowdsec.Totals{}
+	for _, c := range counters {
+		s := crowdsec.Series{IPType: ipType(c.IPv6)}
+		switch {
+		case c.Kind == nft.Seen:
+			s.Name = crowdsec.Processed
+		case c.Kind == nft.Banned && b.config.Mode == Enforce:
+			s.Name = crowdsec.Dropped
+			s.Remediation, s.Origin = splitClass(c.Name)
+		default:
+			continue
+		}
+		s.Unit = crowdsec.Packet
+		out[s] += c.Packets
+		s.Unit = crowdsec.Byte
+		out[s] += c.Bytes
+	}
+	for _, d := range b.tally() {
+		if d.Enforced {
+			out[crowdsec.Series{Name: crowdsec.ActiveDecisions, Unit: crowdsec.IP, Origin: d.Origin, Remediation: d.Remediation, IPType: d.IPType}] += uint64(d.Count)
+		}
+	}
+	return out, nil
+}
+
+func ipType(six bool) string {
+	if six {
+		return crowdsec.IPv6
+	}
+	return crowdsec.IPv4
+}
+
+// splitClass takes the name of a class apart.
+func splitClass(name string) (remediation, origin string) {
+	remediation, origin, _ = strings.Cut(strings.ToValidUTF8(name, "?"), "/")
+	return remediation, origin
+}

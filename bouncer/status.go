@@ -1,0 +1,276 @@
+package bouncer
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/edgeward/edgeward/internal/decision"
+	"github.com/edgeward/edgeward/internal/nft"
+)
+
+// Status is what /v1/status and the status command show.
+type Status struct {
+	Version string     `json:"version"`
+	Mode    Mode       `json:"mode"`
+	Since   time.Time  `json:"since"`
+	Ready   string     `json:"ready"` // "yes", or why not
+	LAPI    LAPIStatus `json:"lapi"`
+	Kernel  Kernel     `json:"kernel"`
+	// Decisions are all live ones on addresses, enforced here or not.
+	Decisions []Count `json:"decisions"`
+	Skipped   Skipped `json:"skipped,omitempty"`
+	Dropped   []Drop  `json:"dropped"`
+	// Protected is what no decision stops, Covered are decisions that would.
+	Protected []Protected    `json:"protected"`
+	Covered   []Covered      `json:"covered"`
+	Snapshot  SnapshotStatus `json:"snapshot"`
+}
+
+// Skipped counts rows of LAPI that made no sense, by reason.
+type Skipped map[string]uint64
+
+// LAPIStatus is how the stream of decisions stands.
+type LAPIStatus struct {
+	URL          string    `json:"url"`
+	LastPull     time.Time `json:"lastPull,omitzero"`
+	LastFullPull time.Time `json:"lastFullPull,omitzero"`
+	// Answering is false where no pull has come in for three intervals.
+	Answering bool `json:"answering"`
+}
+
+// Kernel is what the kernel holds.
+type Kernel struct {
+	Enforcing  bool   `json:"enforcing"`
+	Intact     bool   `json:"intact"`
+	Owner      bool   `json:"owner"`
+	Persist    bool   `json:"persist"`
+	Generation uint32 `json:"generation"`
+	// Elements count what has timed out until the kernel collects it; -1 where
+	// the kernel does not tell.
+	Bans4        int       `json:"bans4"`
+	Bans6        int       `json:"bans6"`
+	Ranges4      int       `json:"ranges4"`
+	Ranges6      int       `json:"ranges6"`
+	Looked       time.Time `json:"looked,omitzero"`
+	Installs     uint64    `json:"installs"`
+	Updates      uint64    `json:"updates"`
+	Failures     uint64    `json:"failures"`
+	Repairs      uint64    `json:"repairs"`
+	Interference uint64    `json:"interference"`
+	Error        string    `json:"error,omitempty"`
+}
+
+// Count is how many decisions there are of an origin and remediation.
+type Count struct {
+	Origin      string `json:"origin"`
+	Remediation string `json:"remediation"`
+	IPType      string `json:"ipType"`
+	Enforced    bool   `json:"enforced"`
+	Count       int    `json:"count"`
+}
+
+// Drop is how many packets were dropped; in observe mode, would have been.
+type Drop struct {
+	Origin      string `json:"origin"`
+	Remediation string `json:"remediation"`
+	IPType      string `json:"ipType"`
+	Packets     uint64 `json:"packets"`
+	Bytes       uint64 `json:"bytes"`
+}
+
+// SnapshotStatus is when decisions were saved last, by this process.
+type SnapshotStatus struct {
+	Saved time.Time `json:"saved,omitzero"`
+	Rows  int       `json:"rows,omitempty"`
+	Error string    `json:"error,omitempty"`
+}
+
+// tally counts the live decisions.
+func (b *Bouncer) tally() []Count {
+	counts := map[Count]int{}
+	for _, t := range b.enforcer.reading.Load().table.Tally(b.now()) {
+		means := t.Class.Remediation
+		if means == decision.Unknown {
+			means, _ = decision.ParseFallback(string(b.config.Decisions.Fallback))
+		}
+		enforced, _ := b.config.enforced(t.Class)
+		c := Count{Origin: originOf(t.Class), Remediation: means.Name(), Enforced: enforced}
+		for six, n := range map[bool]int{false: t.IPv4, true: t.IPv6} {
+			if c.IPType = ipType(six); n > 0 {
+				counts[c] += n
+			}
+		}
+	}
+	out := make([]Count, 0, len(counts))
+	for c, n := range counts {
+		c.Count = n
+		out = append(out, c)
+	}
+	slices.SortFunc(out, func(a, b Count) int {
+		return cmp.Or(cmp.Compare(a.Origin, b.Origin), cmp.Compare(a.Remediation, b.Remediation), cmp.Compare(a.IPType, b.IPType))
+	})
+	return out
+}
+
+// Status tells how everything stands.
+func (b *Bouncer) Status() Status {
+	report := b.enforcer.stands()
+	b.mu.Lock()
+	feed, saved := b.feed, b.saved
+	skipped := Skipped{}
+	for reason, n := range feed.Skipped {
+		skipped[reason] = n
+	}
+	b.mu.Unlock()
+	s := Status{
+		Version: Version, Mode: b.config.Mode, Since: b.began, Ready: "yes",
+		LAPI: LAPIStatus{
+			URL: b.config.LAPI.URL, LastPull: feed.Last, LastFullPull: feed.LastFull,
+			Answering: b.now().Sub(feed.Last) < 3*b.config.LAPI.Interval+b.config.LAPI.Timeout,
+		},
+		Kernel:    kernelOf(report.Have),
+		Decisions: b.tally(),
+		Skipped:   skipped,
+		Dropped:   []Drop{},
+		Protected: b.enforcer.reading.Load().protected,
+		Covered:   *b.enforcer.covering.Load(),
+		Snapshot:  SnapshotStatus{Saved: saved.At, Rows: saved.Rows},
+	}
+	if err := b.Ready(); err != nil {
+		s.Ready = err.Error()
+	}
+	k := &s.Kernel
+	k.Looked, k.Installs, k.Updates, k.Failures = report.Looked, report.Installs, report.Updates, report.Failures
+	k.Repairs, k.Interference = report.Repairs, report.Interference
+	if report.Err != nil {
+		k.Error = report.Err.Error()
+	}
+	if saved.Err != nil {
+		s.Snapshot.Error = saved.Err.Error()
+	}
+	counters, err := b.kernel.Counters()
+	if err != nil && k.Error == "" {
+		k.Error = err.Error()
+	}
+	s.Dropped = dropsOf(counters)
+	return s
+}
+
+func dropsOf(counters []nft.Counter) []Drop {
+	out := []Drop{}
+	for _, c := range counters {
+		if c.Kind == nft.Banned {
+			d := Drop{IPType: ipType(c.IPv6), Packets: c.Packets, Bytes: c.Bytes}
+			d.Remediation, d.Origin = splitClass(c.Name)
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
+func kernelOf(h nft.Have) Kernel {
+	return Kernel{
+		Enforcing: h.Enforcing, Intact: h.Intact, Owner: h.Owner, Persist: h.Persist, Generation: h.Generation,
+		Bans4: h.Bans4, Bans6: h.Bans6, Ranges4: h.Nets4, Ranges6: h.Nets6,
+	}
+}
+
+// Why is the whole answer to why packets from an address are treated as they
+// are.
+type Why struct {
+	Address netip.Addr `json:"address"`
+	// Verdict is drop, pass or observe, and Says the same as a sentence.
+	Verdict string `json:"verdict"`
+	Says    string `json:"says"`
+	// Protected is why no decision stops the address; empty if they do.
+	Protected string   `json:"protected,omitempty"`
+	Decisions []Holder `json:"decisions"`
+	// Kernel is what the kernel holds, nil where it holds nothing.
+	Kernel *Held `json:"kernel,omitempty"`
+}
+
+// Holder is a live decision that holds the address.
+type Holder struct {
+	ID          int          `json:"id"`
+	Prefix      netip.Prefix `json:"prefix"`
+	Remediation string       `json:"remediation"`
+	Type        string       `json:"type"`
+	Origin      string       `json:"origin"`
+	Scenario    string       `json:"scenario"`
+	Until       time.Time    `json:"until"`
+	Enforced    bool         `json:"enforced"`
+	// Because says why it is not enforced here.
+	Because string `json:"because,omitempty"`
+}
+
+// Held is an element or range of the kernel.
+type Held struct {
+	From  netip.Addr `json:"from"`
+	To    netip.Addr `json:"to"`
+	Class string     `json:"class"`
+	Left  string     `json:"left"`
+}
+
+// Why tells what applies to an address. It asks the kernel, too.
+func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
+	addr = addr.Unmap().WithZone("")
+	r := b.enforcer.reading.Load()
+	now := b.now()
+	w := Why{Address: addr, Decisions: []Holder{}}
+	if r.guarded.holds(single(addr)) {
+		w.Protected = whyProtected(r.protected, single(addr))
+	}
+	private := r.private.holds(single(addr))
+	fallback, _ := decision.ParseFallback(string(b.config.Decisions.Fallback))
+	every := decision.NewView(r.table, decision.Policy{Fallback: fallback})
+	banned := false
+	for _, v := range every.Holders(r.table, addr, now) {
+		class := decision.Class{Type: v.Type, Origin: v.Origin, Scenario: v.Scenario, Remediation: v.Remediation}
+		h := Holder{ID: v.ID, Prefix: v.Prefix, Remediation: v.Remediation.Name(), Type: v.Type, Origin: originOf(class), Scenario: v.Scenario, Until: v.Until}
+		h.Enforced, h.Because = b.config.enforced(class)
+		switch {
+		case w.Protected != "":
+			h.Enforced, h.Because = false, "the address is protected"
+		case h.Enforced && private && foreign(v.Origin):
+			h.Enforced, h.Because = false, "the address is private, and the decision was made elsewhere"
+		}
+		banned = banned || h.Enforced
+		w.Decisions = append(w.Decisions, h)
+	}
+	found, err := b.kernel.Sample([]netip.Addr{addr})
+	if err != nil {
+		return w, fmt.Errorf("ask the kernel about %v: %w", addr, err)
+	}
+	if f := found[0]; f.Banned() {
+		left := "for ever"
+		if f.Left != nft.Forever {
+			left = f.Left.Round(time.Second).String()
+		}
+		w.Kernel = &Held{From: f.From, To: f.To, Class: f.Name, Left: left}
+	}
+	w.Verdict, w.Says = verdict(w, banned, b.config.Mode)
+	return w, nil
+}
+
+func verdict(w Why, banned bool, mode Mode) (verdict, says string) {
+	switch {
+	case w.Protected != "" && len(w.Decisions) > 0:
+		return "pass", fmt.Sprintf("decisions hold it, but it is protected: %s", w.Protected)
+	case w.Protected != "":
+		return "pass", fmt.Sprintf("nothing holds it, and it is protected: %s", w.Protected)
+	case banned && w.Kernel == nil:
+		return "pass", "it is banned, and the kernel does not hold the ban yet"
+	case w.Kernel != nil && mode == Observe:
+		return "observe", "its packets are counted and pass: the mode is observe"
+	case w.Kernel != nil && !banned:
+		return "drop", "its packets are dropped, as the kernel was told before this agent knew better"
+	case w.Kernel != nil:
+		return "drop", fmt.Sprintf("its packets are dropped for another %s", w.Kernel.Left)
+	case len(w.Decisions) > 0:
+		return "pass", "decisions hold it, and none of them is enforced here"
+	}
+	return "pass", "no decision holds it"
+}

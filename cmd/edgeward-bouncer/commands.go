@@ -1,0 +1,265 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/goccy/go-yaml"
+	"github.com/spf13/cobra"
+
+	"github.com/edgeward/edgeward/bouncer"
+	"github.com/edgeward/edgeward/internal/daemon"
+	"github.com/edgeward/edgeward/internal/nft"
+)
+
+// commands is the command line.
+func commands() *cobra.Command {
+	var path, format string
+	root := &cobra.Command{
+		Use:               "edgeward-bouncer",
+		Short:             "Hold CrowdSec's bans in this node's kernel",
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
+	}
+	root.PersistentFlags().StringVar(&path, "config", "/etc/edgeward/bouncer.yaml", "configuration `FILE`")
+	root.PersistentFlags().StringVar(&format, "output", "table", "json, yaml or table")
+	root.PersistentPreRunE = func(*cobra.Command, []string) error {
+		if format != "json" && format != "yaml" && format != "table" {
+			return fmt.Errorf("output %q: want json, yaml or table", format)
+		}
+		return nil
+	}
+	root.AddCommand(
+		&cobra.Command{
+			Use: "run", Short: "Be the agent", Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				c, err := bouncer.Load(path)
+				if err != nil {
+					return err
+				}
+				return run(cmd.Context(), c)
+			},
+		},
+		&cobra.Command{
+			Use: "check", Short: "Check the configuration, and change nothing", Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				c, err := bouncer.Load(path)
+				if err != nil {
+					return err
+				}
+				return check(cmd.OutOrStdout(), path, &c, os.Getenv)
+			},
+		},
+		&cobra.Command{
+			Use: "cleanup", Short: "Remove the nftables table inet edgeward, and so all bans", Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error { return cleanup(cmd.OutOrStdout()) },
+		},
+		&cobra.Command{
+			Use: "status", Short: "Show what the agent knows and the kernel holds", Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				c, err := bouncer.Load(path)
+				if err != nil {
+					return err
+				}
+				s, err := bouncer.AskStatus(cmd.Context(), c.Socket)
+				if errors.Is(err, bouncer.ErrNoAgent) {
+					return kernelAlone(cmd.OutOrStdout(), format, err)
+				}
+				if err != nil {
+					return err
+				}
+				return show(cmd.OutOrStdout(), format, s, statusTable)
+			},
+		},
+		&cobra.Command{
+			Use: "why ADDR", Short: "Show what applies to an address, and why", Args: cobra.ExactArgs(1),
+			RunE: func(cmd *cobra.Command, args []string) error {
+				addr, err := netip.ParseAddr(args[0])
+				if err != nil {
+					return fmt.Errorf("%q: want an address such as 192.0.2.1 or 2001:db8::1", args[0])
+				}
+				c, err := bouncer.Load(path)
+				if err != nil {
+					return err
+				}
+				w, err := bouncer.AskWhy(cmd.Context(), c.Socket, addr)
+				if err != nil {
+					return err
+				}
+				return show(cmd.OutOrStdout(), format, w, whyTable)
+			},
+		},
+		&cobra.Command{
+			Use: "version", Short: "Show the version", Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				return show(cmd.OutOrStdout(), format, daemon.Version(), func(w io.Writer, v daemon.Build) {
+					fmt.Fprintf(w, "edgeward-bouncer %s\n", v)
+				})
+			},
+		},
+	)
+	return root
+}
+
+// check says that the configuration is right, and what might be forgotten.
+func check(w io.Writer, path string, c *bouncer.Config, getenv func(string) string) error {
+	fmt.Fprintf(w, "%s: ok\n", path)
+	// Nobody is let through for being connected: but whoever configures a
+	// firewall from afar should think of it.
+	if from, _, _ := strings.Cut(getenv("SSH_CLIENT"), " "); from != "" {
+		addr, err := netip.ParseAddr(from)
+		named := false
+		for _, p := range c.Protect.Addresses {
+			named = named || p.Contains(addr.Unmap())
+		}
+		if err == nil && !named {
+			fmt.Fprintf(w, "you are connected from %v: add it to protect.addresses if no ban may ever shut you out\n", addr)
+		}
+	}
+	return nil
+}
+
+// cleanup removes the table. A table that a living agent holds is not removed:
+// the agent would only restore it.
+func cleanup(w io.Writer) error {
+	conn, err := nft.Open(nft.Options{})
+	if errors.Is(err, nft.ErrOwned) {
+		return fmt.Errorf("clean up: %w: stop the agent first", err)
+	}
+	if err != nil {
+		return fmt.Errorf("clean up: %w", err)
+	}
+	defer conn.Close()
+	have, err := conn.Read()
+	if err != nil {
+		return fmt.Errorf("clean up: %w", err)
+	}
+	if err := conn.Remove(); err != nil {
+		return fmt.Errorf("clean up: %w", err)
+	}
+	if have.Present {
+		fmt.Fprintln(w, "removed the table inet edgeward: no ban is enforced on this node any more")
+	} else {
+		fmt.Fprintln(w, "there is no table inet edgeward on this node")
+	}
+	return nil
+}
+
+// kernelAlone shows what the kernel enforces where no agent runs, and fails with
+// the reason why the agent did not answer.
+func kernelAlone(w io.Writer, format string, reason error) error {
+	conn, err := nft.Open(nft.Options{ReadOnly: true})
+	if err != nil {
+		return errors.Join(reason, fmt.Errorf("read what the kernel holds: %w", err))
+	}
+	defer conn.Close()
+	have, err := conn.Read()
+	if err != nil {
+		return errors.Join(reason, fmt.Errorf("read what the kernel holds: %w", err))
+	}
+	if err := show(w, format, have, func(w io.Writer, h nft.Have) {
+		if !h.Enforcing {
+			fmt.Fprintln(w, "no agent runs, and the kernel enforces nothing")
+			return
+		}
+		fmt.Fprintf(w, "no agent runs; the kernel enforces %d banned addresses and %d ranges until each of them ends\n",
+			h.Bans4+h.Bans6, h.Nets4+h.Nets6)
+	}); err != nil {
+		return err
+	}
+	return reason
+}
+
+// show writes a value in the chosen form.
+func show[T any](w io.Writer, format string, value T, table func(io.Writer, T)) error {
+	if format == "table" {
+		t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+		table(t, value)
+		return t.Flush()
+	}
+	text, err := json.MarshalIndent(value, "", "  ")
+	if err == nil && format == "yaml" {
+		text, err = yaml.JSONToYAML(text)
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", format, err)
+	}
+	_, err = fmt.Fprintf(w, "%s\n", strings.TrimRight(string(text), "\n"))
+	return err
+}
+
+func statusTable(w io.Writer, s bouncer.Status) {
+	line := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+	line("ready", "%s", s.Ready)
+	line("mode", "%s", s.Mode)
+	lapi := "answering"
+	if !s.LAPI.Answering {
+		lapi = "not answering"
+	}
+	line("lapi", "%s, %s, last pull %s", s.LAPI.URL, lapi, ago(s.LAPI.LastPull))
+	k := s.Kernel
+	held := "shared with others"
+	if k.Owner {
+		held = "owned by the agent"
+	}
+	line("kernel", "generation %d, %s, %d addresses, %d ranges, looked at %s", k.Generation, held,
+		k.Bans4+k.Bans6, k.Ranges4+k.Ranges6, ago(k.Looked))
+	if k.Interference > 0 {
+		line("interference", "%d times, repaired %d times", k.Interference, k.Repairs)
+	}
+	if k.Error != "" {
+		line("error", "%s", k.Error)
+	}
+	line("protected", "%d addresses and ranges", len(s.Protected))
+	for _, c := range s.Covered {
+		line("warning", "%v (%s, %s) covers %s, which stays reachable", c.Prefix, c.Origin, c.Scenario, c.Protects)
+	}
+	fmt.Fprintf(w, "\nORIGIN\tREMEDIATION\tFAMILY\tDECISIONS\tENFORCED HERE\n")
+	for _, d := range s.Decisions {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%v\n", d.Origin, d.Remediation, d.IPType, d.Count, d.Enforced)
+	}
+	what := "DROPPED"
+	if s.Mode == bouncer.Observe {
+		what = "WOULD BE DROPPED"
+	}
+	fmt.Fprintf(w, "\nORIGIN\tREMEDIATION\tFAMILY\t%s\tBYTES\n", what)
+	for _, d := range s.Dropped {
+		if d.Packets > 0 {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\n", d.Origin, d.Remediation, d.IPType, d.Packets, d.Bytes)
+		}
+	}
+}
+
+func whyTable(w io.Writer, y bouncer.Why) {
+	fmt.Fprintf(w, "%v: %s: %s\n", y.Address, y.Verdict, y.Says)
+	for _, d := range y.Decisions {
+		because := "enforced here"
+		if !d.Enforced {
+			because = d.Because
+		}
+		fmt.Fprintf(w, "decision %d\t%v\t%s\t%s\t%s\tuntil %s\t%s\n", d.ID, d.Prefix, d.Remediation, d.Origin, d.Scenario,
+			d.Until.Format(time.DateTime), because)
+	}
+	if k := y.Kernel; k != nil {
+		what := k.From.String()
+		if k.From != k.To {
+			what = fmt.Sprintf("%v to %v", k.From, k.To)
+		}
+		fmt.Fprintf(w, "kernel\t%s\t%s\tfor another %s\n", what, k.Class, k.Left)
+	}
+}
+
+func ago(t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	return time.Since(t).Round(time.Second).String() + " ago"
+}

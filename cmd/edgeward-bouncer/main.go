@@ -1,0 +1,111 @@
+// Command edgeward-bouncer holds CrowdSec's bans in the kernel of one node. Its
+// run verb is the agent; check, status and why change nothing; cleanup removes
+// the nftables table inet edgeward, and nothing else does: an agent that ends
+// leaves the node protected.
+//
+// It needs CAP_NET_ADMIN and no other privilege, and runs once per node.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/edgeward/edgeward/bouncer"
+	"github.com/edgeward/edgeward/internal/crowdsec"
+	"github.com/edgeward/edgeward/internal/daemon"
+	"github.com/edgeward/edgeward/internal/lapi"
+	"github.com/edgeward/edgeward/internal/nft"
+)
+
+func main() { os.Exit(program(os.Args[1:])) }
+
+// program runs one command line and returns its exit code.
+func program(args []string) int {
+	root := commands()
+	root.SetArgs(args)
+	if err := root.ExecuteContext(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, "edgeward-bouncer:", err)
+		return 1
+	}
+	return 0
+}
+
+// run is the agent: LAPI's stream goes into the bouncer, which keeps the kernel
+// in step; what the kernel counts goes back to LAPI and to whoever scrapes.
+func run(ctx context.Context, c bouncer.Config) error {
+	start := time.Now()
+	log, err := daemon.NewLog(os.Stderr, string(c.LogFormat), os.Getenv)
+	if err != nil {
+		return err
+	}
+	agent := crowdsec.Agent{Type: "crowdsec-edgeward-nftables-bouncer", Version: bouncer.Version}
+	log.Info("starting", "version", daemon.Version().String(), "mode", string(c.Mode), "url", c.LAPI.URL)
+
+	kernel, err := open(ctx, nft.Options{Shared: c.Firewall.Shared}, log)
+	if err != nil {
+		return err
+	}
+	defer kernel.Close() // what it holds stays
+
+	b, err := bouncer.New(c, kernel, os.Getenv, log)
+	if err != nil {
+		return err
+	}
+	from, err := crowdsec.New(c.LAPI, agent, log)
+	if err != nil {
+		return err
+	}
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(b.Collector(), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	server, err := daemon.Listen(c.Listen, daemon.Endpoints{
+		Metrics: metrics, Ready: b.Ready, Status: func() any { return b.Status() }, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	tasks := []daemon.Task{b, stream{from.Stream([]string{"ip", "range"}, b.Sink(), log)}, from.Usage(start, b.Totals), server}
+	if c.Socket != "" {
+		// Bans matter more than questions about them.
+		if control, err := bouncer.ListenControl(c.Socket, b, log); err != nil {
+			log.Warn("status and why will not work", "err", err)
+		} else {
+			tasks = append(tasks, control)
+		}
+	}
+	return daemon.Run(ctx, daemon.Options{Log: log}, tasks...)
+}
+
+// stream is LAPI's decision stream as a task.
+type stream struct{ *lapi.Stream }
+
+func (s stream) String() string { return "decision stream" }
+
+func (s stream) Run(ctx context.Context) error {
+	s.Stream.Run(ctx)
+	return nil
+}
+
+// ownerPatience is how long a predecessor may take to let go of the table.
+const ownerPatience = 30 * time.Second
+
+// open takes hold of the table, once a predecessor that is ending has let go.
+func open(ctx context.Context, opts nft.Options, log *slog.Logger) (*nft.Conn, error) {
+	for deadline := time.Now().Add(ownerPatience); ; {
+		conn, err := nft.Open(opts)
+		if !errors.Is(err, nft.ErrOwned) || time.Now().After(deadline) || ctx.Err() != nil {
+			return conn, err
+		}
+		log.Warn("another agent holds the table, waiting for it to end", "err", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Second):
+		}
+	}
+}
