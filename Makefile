@@ -16,9 +16,10 @@ FUZZTIME ?= 20s
 INTERPRETED := ./internal/decision ./internal/lapi ./plugin
 # The linters are pinned in a module of their own, away from what users import.
 LINTER := $(GO) tool -modfile=test/lint/go.mod
-# Everything but the suites on the real tools. Expanded where it is used, so
-# that `make` alone asks Go nothing.
-UNIT = $$($(GO) list ./... | grep -v '/edgeward/test/')
+# Everything but the suites on the real tools and those on the real kernel.
+# Expanded where it is used, so that `make` alone asks Go nothing.
+UNIT = $$($(GO) list ./... | grep -v -e '/edgeward/test/' -e '/internal/nft$$' -e '/internal/netns$$' -e '/edgeward/bouncer$$')
+KERNEL := ./internal/netns ./internal/nft ./bouncer
 
 .PHONY: help
 help: ## List these commands
@@ -39,11 +40,12 @@ test-plan:
 
 .PHONY: test-quick
 test-quick: ## Run the unit tests alone: no real tools, no root, no C compiler, under a minute
-	@$(GO) test $$($(GO) list ./... | grep -v -e '/edgeward/test/' -e '/internal/nft$$' -e '/internal/netns$$' -e '/edgeward/bouncer$$')
+	@$(GO) test $(UNIT)
 
 .PHONY: test-race
-test-race: ## Run the unit tests with the race detector
+test-race: ## Run the unit tests with the race detector, those on the kernel one at a time
 	@$(GO) test -race $(UNIT)
+	@$(GO) test -race -p 1 $(KERNEL)
 
 .PHONY: test-interpreted
 test-interpreted: ## Run the plugin's tests inside Yaegi, as Traefik would
