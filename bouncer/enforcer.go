@@ -202,11 +202,20 @@ func (e *enforcer) follow(t *decision.Table, touched []netip.Prefix, full bool) 
 	if !e.installed {
 		return e.install("decisions arrived")
 	}
-	w := e.begin(r, now)
+	var changes []decision.Change
 	if full {
 		// What ended since the last comparison has to be said, because the
 		// kernel may hold it under the class of a decision that is gone.
-		changes := decision.Changes(old.all, old.table, e.synced, r.all, r.table, now, slack)
+		decision.EachChange(old.all, old.table, e.synced, r.all, r.table, now, slack, func(c decision.Change) bool {
+			changes = append(changes, c)
+			return len(changes) <= many
+		})
+	}
+	if len(changes) > many || len(touched) > many+t.Len()/4 {
+		return e.install("many decisions changed")
+	}
+	w := e.begin(r, now)
+	if full {
 		done := map[netip.Prefix]bool{}
 		for p := range e.aside {
 			// Of these the views differ, and changes tells of one alone.
@@ -230,6 +239,10 @@ func (e *enforcer) follow(t *decision.Table, touched []netip.Prefix, full bool) 
 	}
 	return w.commit()
 }
+
+// many is more changes than one transaction should gather in memory: an install
+// streams.
+const many = 20_000
 
 // slack is how far two answers of LAPI may differ on when the same decision ends.
 const slack = 2 * time.Second
@@ -332,13 +345,12 @@ func (w *write) commit() error {
 	var spans []span
 	if w.ranges {
 		spans = e.lay(w.now)
-		had := slices.DeleteFunc(slices.Clone(e.spans), func(s span) bool {
-			// The kernel has removed them, unless they have just ended.
-			return s.until.Before(w.now.Add(-10 * time.Second))
-		})
-		drop, put := difference(had, spans, w.slack)
+		drop, put := difference(e.spans, spans, w.slack)
 		for _, s := range drop {
-			w.changes.DeleteRanges = append(w.changes.DeleteRanges, e.rangeOf(s, w.now))
+			// What ended the kernel has removed, unless it has just ended.
+			if s.until.After(w.now.Add(-10 * time.Second)) {
+				w.changes.DeleteRanges = append(w.changes.DeleteRanges, e.rangeOf(s, w.now))
+			}
 		}
 		for _, s := range put {
 			w.changes.PutRanges = append(w.changes.PutRanges, e.rangeOf(s, w.now))
@@ -369,6 +381,9 @@ func (w *write) commit() error {
 	}
 	if w.ranges {
 		e.spans = spans
+	}
+	if have, err := e.kernel.Read(); err == nil { // else the next look says so
+		e.note(func(r *report) { r.Have = have })
 	}
 	e.log.Info("bans written", "added", len(w.changes.Put), "removed", len(w.changes.Delete),
 		"rangesAdded", len(w.changes.PutRanges), "rangesRemoved", len(w.changes.DeleteRanges), "took", took.Round(time.Microsecond).String())

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -67,13 +68,13 @@ const (
 // what the last snapshot says. It changes nothing before Run. getenv is
 // os.Getenv.
 func New(c Config, k *nft.Conn, getenv func(string) string, log *slog.Logger) (*Bouncer, error) {
-	return newBouncer(c, k, newGuard(&c, getenv, log), log)
+	return newBouncer(c, k, newGuard(&c, getenv, log), time.Now, log)
 }
 
-func newBouncer(c Config, k kernel, g *guard, log *slog.Logger) (*Bouncer, error) {
+func newBouncer(c Config, k kernel, g *guard, now func() time.Time, log *slog.Logger) (*Bouncer, error) {
 	b := &Bouncer{
 		config: &c, kernel: k, guard: g, log: log.With("component", "bouncer"),
-		now: time.Now, began: time.Now(), store: decision.NewStore(),
+		now: now, began: now(), store: decision.NewStore(),
 		feed: feed{Skipped: map[string]uint64{}},
 	}
 	b.enforcer = newEnforcer(k, &c, b.now, log)
@@ -198,6 +199,12 @@ func (b *Bouncer) commit() (doubt bool) {
 	if b.store.Due() {
 		b.store.Fold(now)
 		b.enforcer.swap(b.store.Compile())
+	}
+	if d.Full {
+		b.loop.Trigger() // to save what was pulled, if that is due
+		// A full pull leaves behind as much as is held. Until the next one the
+		// memory is better the machine's.
+		debug.FreeOSMemory()
 	}
 	return outcome.Doubt
 }

@@ -26,7 +26,7 @@ func spansOf(ranges []decision.Held) []span {
 		held decision.Held // with what encloses it taken in
 		last netip.Addr
 	}
-	var out []span
+	out := make([]span, 0, len(ranges)+len(ranges)/8) // most do not nest
 	var stack []open
 	var next netip.Addr // the first address that is not laid out yet
 	emit := func(to netip.Addr) {

@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/edgeward/edgeward/bouncer"
+	"github.com/edgeward/edgeward/internal/config"
 	"github.com/edgeward/edgeward/internal/crowdsec"
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/internal/lapi"
@@ -30,11 +31,17 @@ func main() { os.Exit(program(os.Args[1:])) }
 func program(args []string) int {
 	root := commands()
 	root.SetArgs(args)
-	if err := root.ExecuteContext(context.Background()); err != nil {
+	err := root.ExecuteContext(context.Background())
+	var problems config.Problems
+	switch {
+	case errors.As(err, &problems):
+		fmt.Fprintln(os.Stderr, problems) // a line each, which begins with its place
+	case err != nil:
 		fmt.Fprintln(os.Stderr, "edgeward-bouncer:", err)
-		return 1
+	default:
+		return 0
 	}
-	return 0
+	return 1
 }
 
 // run is the agent: LAPI's stream goes into the bouncer, which keeps the kernel

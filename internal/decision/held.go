@@ -44,26 +44,35 @@ type Change struct {
 // read through was at then, to make it a copy of t, as read through v now. Ends
 // that differ by at most slack are the same.
 func Changes(was *View, old *Table, then time.Time, v *View, t *Table, now time.Time, slack time.Duration) []Change {
+	var out []Change
+	EachChange(was, old, then, v, t, now, slack, func(c Change) bool {
+		out = append(out, c)
+		return true
+	})
+	return out
+}
+
+// EachChange is Changes one by one, for as long as visit returns true.
+func EachChange(was *View, old *Table, then time.Time, v *View, t *Table, now time.Time, slack time.Duration, visit func(Change) bool) {
 	had := &cursor{view: was, table: old, at: int(then.UnixNano())}
 	is := &cursor{view: v, table: t, at: int(now.UnixNano())}
-	var out []Change
 	more, has := had.next(), is.next()
-	for more || has {
+	going := true
+	for going && (more || has) {
 		switch {
 		case more && (!has || ordered(had.held.Prefix, is.held.Prefix)):
-			out = append(out, Change{Held: Held{Prefix: had.held.Prefix}, Gone: true})
+			going = visit(Change{Held: Held{Prefix: had.held.Prefix}, Gone: true})
 			more = had.next()
 		case has && (!more || ordered(is.held.Prefix, had.held.Prefix)):
-			out = append(out, Change{Held: is.held})
+			going = visit(Change{Held: is.held})
 			has = is.next()
 		default:
 			if !alike(had.held, is.held, slack) {
-				out = append(out, Change{Held: is.held})
+				going = visit(Change{Held: is.held})
 			}
 			more, has = had.next(), is.next()
 		}
 	}
-	return out
 }
 
 func alike(a, b Held, slack time.Duration) bool {

@@ -145,7 +145,9 @@ func (w *world) start() *agent {
 		w.t.Fatal(err)
 	}
 	a := &agent{world: w, log: log, done: make(chan error, 1)}
-	a.cmd = exec.Command(w.program, "run", "--config", w.config())
+	// With the one privilege that the manifests give it.
+	a.cmd = exec.Command("setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all,+net_admin",
+		w.program, "run", "--config", w.config())
 	a.cmd.Stdout, a.cmd.Stderr = log, log
 	w.node.Must(a.cmd.Start)
 	go func() { a.done <- a.cmd.Wait() }()
@@ -537,5 +539,56 @@ func TestUsageMetrics(t *testing.T) {
 	w.must(err)
 	if len(bouncers) == 0 || bouncers[0].Type != "crowdsec-edgeward-nftables-bouncer" || bouncers[0].Version != bouncer.Version {
 		t.Errorf("LAPI lists %+v", bouncers)
+	}
+}
+
+// TestHundredThousand is the bouncer at 100,000 bans: how long until they are
+// enforced, what one more costs, a scrape, and memory.
+func TestHundredThousand(t *testing.T) {
+	const n = 100_000
+	seed := make([]rig.Decision, n)
+	for i := range seed {
+		seed[i] = rig.Decision{Value: netip.AddrFrom4([4]byte{20, byte(i >> 16), byte(i >> 8), byte(i)}).String(), Duration: 365 * 24 * time.Hour}
+	}
+	w := newWorld(t, seed...)
+	began := time.Now()
+	a := w.start()
+	a.ready()
+	w.until("all are in the kernel", 20*time.Second, func() bool {
+		_, text, err := a.get("/metrics")
+		return err == nil && strings.Contains(text, "edgeward_kernel_elements{set=\"bans4\"} 100000\n")
+	})
+	enforced := time.Since(began)
+	w.must(w.lapi.Ban(t.Context(), bad4.String(), time.Hour))
+	w.until("one more is enforced", 5*time.Second, func() bool { return !w.passes(bad4) })
+	_, text, err := a.get("/metrics")
+	w.must(err)
+	var took float64
+	for line := range strings.Lines(text) {
+		fmt.Sscanf(line, "edgeward_kernel_last_write_seconds %g", &took)
+	}
+	scrape := time.Hour
+	for range 5 {
+		start := time.Now()
+		_, _, err := a.get("/metrics")
+		w.must(err)
+		scrape = min(scrape, time.Since(start))
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid))
+	w.must(err)
+	var resident, peak int
+	for line := range strings.Lines(string(status)) {
+		fmt.Sscanf(line, "VmRSS: %d kB", &resident)
+		fmt.Sscanf(line, "VmHWM: %d kB", &peak)
+	}
+	var info os.FileInfo
+	w.until("the snapshot is saved", 5*time.Second, func() bool {
+		info, err = os.Stat(filepath.Join(w.dir, "state", "decisions.snapshot"))
+		return err == nil
+	})
+	t.Logf("100,000 bans enforced %v after the start; one more written in %v; a scrape %v; %d MB resident, %d MB at most; a snapshot of %d KB",
+		enforced.Round(time.Millisecond), time.Duration(took*1e9), scrape, resident>>10, peak>>10, info.Size()>>10)
+	if took > 0.005 {
+		t.Errorf("one more ban took %v s, more than 5 ms", took)
 	}
 }
