@@ -4,6 +4,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -55,21 +56,30 @@ func (p *linePace) grant(now time.Time) bool {
 	return p.lines <= linesPerSecond
 }
 
+// blockCount counts the refusals of one middleware, over all its routers and
+// over Traefik's reloads.
+type blockCount struct {
+	mu     sync.Mutex
+	total  int // so far
+	untold int // since the last line
+	timer  *time.Timer
+}
+
+// blockCounts holds the counts by the middleware's name.
+var blockCounts sync.Map
+
 // blockLog writes one line for each refusal of one middleware on one router.
 type blockLog struct {
 	log     *slog.Logger
 	pace    *linePace
 	name    string
 	message string
-
-	mu     sync.Mutex
-	total  int // refusals so far
-	untold int // refusals since the last line
-	timer  *time.Timer
+	count   *blockCount
 }
 
 func newBlockLog(log *slog.Logger, name string, observe bool) *blockLog {
-	b := &blockLog{log: log, pace: &blockPace, name: name, message: "request refused"}
+	count, _ := blockCounts.LoadOrStore(name, &blockCount{})
+	b := &blockLog{log: log, pace: &blockPace, name: name, message: "request refused", count: count.(*blockCount)}
 	if observe {
 		b.message = "request would be refused"
 	}
@@ -79,22 +89,23 @@ func newBlockLog(log *slog.Logger, name string, observe bool) *blockLog {
 // block counts a refusal and, within the bound on lines, logs it. What is left
 // out is told with the next line, or on its own ten seconds later.
 func (b *blockLog) block(req *http.Request, r refusal, v decision.Verdict) {
-	b.mu.Lock()
-	b.total++
+	c := b.count
+	c.mu.Lock()
+	c.total++
 	if !b.pace.grant(time.Now()) {
-		b.untold++
-		if b.timer == nil {
-			b.timer = time.AfterFunc(10*time.Second, func() {
+		c.untold++
+		if c.timer == nil {
+			c.timer = time.AfterFunc(10*time.Second, func() {
 				defer func() { _ = recover() }()
 				b.tell()
 			})
 		}
-		b.mu.Unlock()
+		c.mu.Unlock()
 		return
 	}
-	total, untold := b.total, b.untold
-	b.untold = 0
-	b.mu.Unlock()
+	total, untold := c.total, c.untold
+	c.untold = 0
+	c.mu.Unlock()
 	attrs := []any{
 		"component", "plugin", "layer", "ingress", "middleware", b.name, "reason", r.slug, "status", r.Status,
 		"address", r.Address, "method", shortened(req.Method), "host", shortened(req.Host), "path", shortened(req.URL.Path), "total", total,
@@ -113,11 +124,12 @@ func (b *blockLog) block(req *http.Request, r refusal, v decision.Verdict) {
 
 // tell logs how many refusals went unlogged.
 func (b *blockLog) tell() {
-	b.mu.Lock()
-	total, untold := b.total, b.untold
-	b.untold = 0
-	b.timer = nil
-	b.mu.Unlock()
+	c := b.count
+	c.mu.Lock()
+	total, untold := c.total, c.untold
+	c.untold = 0
+	c.timer = nil
+	c.mu.Unlock()
 	if untold > 0 {
 		b.log.Info("more refusals than are logged", "component", "plugin", "layer", "ingress", "middleware", b.name, "suppressed", untold, "total", total)
 	}
@@ -129,4 +141,31 @@ func shortened(text string) string {
 		return text[:200] + "..."
 	}
 	return text
+}
+
+// told holds what each middleware last said of itself, by its name.
+var told sync.Map
+
+// introduce says what a middleware enforces, once for each change of it and not
+// for each of its routers.
+func introduce(log *slog.Logger, name string, s *settings) {
+	mode := "enforce"
+	if s.observe {
+		mode = "observe"
+	}
+	from := s.lapi.url
+	if s.lapi.socket != "" {
+		from = "unix://" + s.lapi.socket
+	}
+	limits := []string{}
+	for _, rule := range s.limits {
+		limits = append(limits, rule.policy.Name)
+	}
+	says := mode + " " + from + " " + strings.Join(limits, ",")
+	if before, ok := told.Load(name); ok && before.(string) == says {
+		return
+	}
+	told.Store(name, says)
+	log.Info("middleware in force", "component", "plugin", "version", Version, "middleware", name, "mode", mode, "lapi", from,
+		"interval", s.lapi.interval.String(), "failClosed", s.failClosed, "rateLimits", limits, "trustedProxies", s.trusted != nil)
 }

@@ -287,6 +287,9 @@ func understand(config *Config) (*settings, error) {
 	default:
 		c.fail("log.format %q: want json or text", config.Log.Format)
 	}
+	if len(c.errs) == 0 && s.lapi.url == "" && len(s.limits) == 0 {
+		c.fail("there is nothing to enforce: give lapi.url for CrowdSec's decisions, or rateLimits")
+	}
 	return s, errors.Join(c.errs...)
 }
 
@@ -321,7 +324,7 @@ func understandLAPI(c *checker, s *settings, l *LAPIConfig) {
 	if strings.HasPrefix(l.Key, "urn:k8s:secret:") {
 		c.fail("lapi.key is still a reference (%s): Traefik resolves it in Kubernetes only, from a Secret in the middleware's namespace", l.Key)
 	}
-	if !hasKey && !hasCert {
+	if !hasKey && !hasCert && len(l.Unknown)+len(l.TLS.Unknown) == 0 { // else a name is misspelt, which was said
 		c.fail("lapi has no credentials: give lapi.keyFile, lapi.key or a client certificate in lapi.tls (cscli bouncers add NAME makes a key)")
 	}
 	u, err := url.Parse(l.URL)

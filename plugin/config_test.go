@@ -25,7 +25,9 @@ func TestConfigurationsThatMakeSense(t *testing.T) {
 		{"defaults", func(c *Config) {}, func(s *settings) bool {
 			return !s.observe && s.status == 403 && s.lapi.interval == 10*time.Second && s.lapi.resync == 12*time.Minute && s.lapi.timeout == 10*time.Second && s.trusted == nil && s.header == ""
 		}},
-		{"nothing at all", func(c *Config) { *c = Config{} }, func(s *settings) bool { return s.lapi.url == "" }},
+		{"a limit alone", func(c *Config) {
+			*c = Config{RateLimits: []RateLimitConfig{{Name: "all", Average: 1}}}
+		}, func(s *settings) bool { return s.lapi.url == "" }},
 		{"a trailing slash and capitals", func(c *Config) { c.LAPI.URL = "http://CrowdSec:8080/" }, func(s *settings) bool { return s.lapi.url == "http://crowdsec:8080" }},
 		{"a path", func(c *Config) { c.LAPI.URL = "https://host/lapi/" }, func(s *settings) bool { return s.lapi.url == "https://host/lapi" }},
 		{"a socket", func(c *Config) { c.LAPI.URL = "unix:///run/crowdsec/lapi.sock" }, func(s *settings) bool {
@@ -75,6 +77,7 @@ func TestConfigurationsThatMakeNoSense(t *testing.T) {
 		spoil func(c *Config)
 		want  string
 	}{
+		{func(c *Config) { *c = Config{} }, "there is nothing to enforce: give lapi.url"},
 		{func(c *Config) { c.Unknown = map[string]any{"lappi": 1} }, "unknown option lappi: did you mean lapi?"},
 		{func(c *Config) { c.Unknown = map[string]any{"crowdsecLapiKey": 1} }, "unknown option crowdsecLapiKey: the options here are mode, lapi, decisions"},
 		{func(c *Config) { c.LAPI.Unknown = map[string]any{"keyfil": 1} }, "unknown option lapi.keyfil: did you mean lapi.keyFile?"},

@@ -71,7 +71,7 @@ func connect(s source, learn func(secret string)) (*http.Client, func(*http.Requ
 		if s.keyFile != "" {
 			text, err := os.ReadFile(s.keyFile)
 			if err != nil {
-				return fmt.Errorf("read lapi.keyFile: %w", reasonOf(err))
+				return fmt.Errorf("read lapi.keyFile%s: %w", shownPath(s.keyFile), reasonOf(err))
 			}
 			key = string(text)
 		}
@@ -92,6 +92,19 @@ func reasonOf(err error) error {
 		return path.Err
 	}
 	return err
+}
+
+// shownPath is a file's name for an error, after a space: one that begins with a
+// directory of this machine, which no secret does by chance.
+func shownPath(name string) string {
+	parts := strings.Split(name, "/")
+	if len(parts) < 3 || parts[0] != "" || parts[1] == "" {
+		return ""
+	}
+	if info, err := os.Stat("/" + parts[1]); err != nil || !info.IsDir() {
+		return ""
+	}
+	return " " + name
 }
 
 func tlsConfig(t tlsSource, addr string) (*tls.Config, error) {
@@ -137,7 +150,7 @@ func pemOf(what, text, file string) ([]byte, error) {
 	}
 	b, err := os.ReadFile(file)
 	if err != nil {
-		return nil, fmt.Errorf("read lapi.tls.%sFile: %w", what, reasonOf(err))
+		return nil, fmt.Errorf("read lapi.tls.%sFile%s: %w", what, shownPath(file), reasonOf(err))
 	}
 	return b, nil
 }

@@ -83,6 +83,7 @@ func New(ctx context.Context, next http.Handler, config *Config, name string) (h
 		log:      newBlockLog(log, name, s.observe),
 		sight:    &atomic.Value{},
 	}
+	introduce(log, name, s)
 	h.peers.Store(&texts{})
 	now := int64(time.Since(epoch))
 	for _, rule := range s.limits {
@@ -331,7 +332,10 @@ func judge(h *handler, rw http.ResponseWriter, req *http.Request, octets []byte)
 		if !unknown || decision.Contains(h.settings.policy.Allow, octets) {
 			return false
 		}
-		return refuse(h, rw, req, refusal{Status: 503, Reason: "This site cannot tell friend from foe just now. Try again in a minute.", Address: addr.String(), slug: "stale"}, decision.Verdict{})
+		if !h.settings.observe {
+			rw.Header().Set("Retry-After", "60")
+		}
+		return refuse(h, rw, req, refusal{Status: 503, Reason: "This site cannot check visitors just now. Try again in a minute.", Address: addr.String(), slug: "stale"}, decision.Verdict{})
 	case decision.Throttle:
 		key, group := limitKey(octets, 32, 64)
 		retry, _ := limitTake(h.throttle, int64(time.Since(epoch)), key, group)

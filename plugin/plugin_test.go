@@ -557,8 +557,9 @@ func TestWhoWasFreeIsJudgedAgainUnderANewTable(t *testing.T) {
 
 func TestWhoWasFreeIsRememberedWithinBounds(t *testing.T) {
 	config := CreateConfig()
+	config.RateLimits = []RateLimitConfig{{Name: "remembered", Average: 1}}
 	s := open(t, config)
-	place := s.h.(*direct).sight
+	place := s.h.(*limited).sight
 	for i := 0; i < maxTexts+100; i++ {
 		note(place, place.Load().(*sight), strconv.Itoa(i), []byte{1, 2, 3, 4})
 	}
@@ -858,6 +859,57 @@ func TestTheBlockLogIsBounded(t *testing.T) {
 	}
 	if strings.Contains(out.String(), strings.Repeat("a", 300)) {
 		t.Error("a long path is logged in full")
+	}
+}
+
+func TestRefusalsAreCountedOverReloads(t *testing.T) {
+	out := &bytes.Buffer{}
+	log := slog.New(slog.NewJSONHandler(out, nil))
+	req := httptest.NewRequest(http.MethodGet, "http://h.example/", nil)
+	for i := 0; i < 3; i++ {
+		b := newBlockLog(log, "reloaded@file", false)
+		b.pace = &linePace{}
+		b.block(req, refusal{Status: 403, slug: "decision"}, decision.Verdict{})
+	}
+	if !strings.Contains(out.String(), `"total":3`) {
+		t.Errorf("three refusals over three loads of one middleware are counted as:\n%s", out.String())
+	}
+}
+
+func TestAMiddlewareSaysOnceWhatItEnforces(t *testing.T) {
+	out := &bytes.Buffer{}
+	log := slog.New(slog.NewJSONHandler(out, nil))
+	config := good()
+	for _, c := range []struct {
+		mode string
+		want int
+	}{{"enforce", 1}, {"enforce", 1}, {"observe", 2}, {"observe", 2}, {"enforce", 3}} {
+		config.Mode = c.mode
+		s, err := understand(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		introduce(log, "introduced@file", s)
+		if n := strings.Count(out.String(), "middleware in force"); n != c.want {
+			t.Errorf("after %s it was said %d times, want %d", c.mode, n, c.want)
+		}
+	}
+	if strings.Contains(out.String(), config.LAPI.Key) {
+		t.Error("the key is in the log")
+	}
+}
+
+func TestAMissingFileIsNamedUnlessItMayBeASecret(t *testing.T) {
+	for name, want := range map[string]string{
+		"/tmp/edgeward/lapi-key": " /tmp/edgeward/lapi-key",
+		"/nowhere/lapi-key":      "",
+		"/lapi-key":              "",
+		"s3cret/with/slashes":    "",
+		"":                       "",
+	} {
+		if got := shownPath(name); got != want {
+			t.Errorf("shownPath(%q) = %q, want %q", name, got, want)
+		}
 	}
 }
 

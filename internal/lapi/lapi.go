@@ -112,6 +112,9 @@ var (
 	ErrAnswer      = errors.New("LAPI's answer is not a decision stream: check that the URL is LAPI's and not another service's")
 )
 
+// reminder is how often a trouble that lasts is told again.
+const reminder = time.Hour
+
 // Run pulls until ctx ends. It never gives up: a LAPI that is away, slow,
 // confused or refusing is asked again after a pause that grows to half a
 // minute, or to Interval where that is longer.
@@ -120,6 +123,7 @@ func (s *Stream) Run(ctx context.Context) {
 	trouble := ""
 	retry := firstRetry
 	ever := false
+	var failing, told time.Time // since when, and last said so
 	nextFull := time.Now()
 	before := time.Now()
 	for {
@@ -143,9 +147,17 @@ func (s *Stream) Run(ctx context.Context) {
 			// never read, so only a full pull is sure.
 			full = true
 			kind := kindOf(err)
-			if kind != trouble {
+			if trouble == "" {
+				failing = start
+			}
+			if kind != trouble || now.Sub(told) > reminder {
 				trouble = kind
-				s.Log().Warn("cannot pull decisions, keeping the last ones", "component", "lapi", "url", s.URL, "err", err.Error())
+				told = now
+				message := "cannot pull decisions, keeping the last ones"
+				if !ever {
+					message = "cannot pull decisions yet, asking again"
+				}
+				s.Log().Warn(message, "component", "lapi", "url", s.URL, "err", err.Error(), "since", failing.UTC().Format(time.RFC3339))
 			}
 			wait = retry - time.Duration(rand.Float64()*float64(retry)/5)
 			retry *= 2
@@ -158,7 +170,9 @@ func (s *Stream) Run(ctx context.Context) {
 			}
 		} else {
 			retry = firstRetry
-			if trouble != "" || !ever {
+			if trouble != "" {
+				s.Log().Info("decisions pulled, LAPI answers again", "component", "lapi", "url", s.URL, "added", count, "away", time.Since(failing).Round(time.Second).String())
+			} else if !ever {
 				s.Log().Info("decisions pulled", "component", "lapi", "url", s.URL, "added", count, "took", time.Since(start).Round(time.Millisecond).String())
 			}
 			trouble = ""

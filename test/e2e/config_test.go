@@ -149,11 +149,11 @@ func TestConnection(t *testing.T) {
 	}
 	t.Run("a stranger's certificate is refused and clients pass", func(t *testing.T) {
 		g.want(t, "127.0.0.66", 200, "stranger")
-		g.waitLine(t, "cannot pull decisions, keeping the last ones", "refuses the credentials")
+		g.waitLine(t, "cannot pull decisions yet, asking again", "refuses the credentials")
 	})
 	t.Run("an unknown authority is not trusted and failClosed refuses", func(t *testing.T) {
 		g.want(t, "127.0.0.1", 503, "nobody")
-		g.waitLine(t, "cannot pull decisions, keeping the last ones", "certificate signed by unknown authority")
+		g.waitLine(t, "cannot pull decisions yet, asking again", "certificate signed by unknown authority")
 	})
 	t.Run("a key file that changes takes effect by itself", func(t *testing.T) {
 		g.want(t, "127.0.0.66", 200, "rotated")

@@ -17,6 +17,7 @@ import (
 const (
 	cannotPull = "cannot pull decisions, keeping the last ones"
 	pulled     = "decisions pulled"
+	again      = "decisions pulled, LAPI answers again"
 )
 
 // stream answers as LAPI does: all on a full pull, nothing new on a delta.
@@ -203,7 +204,10 @@ func wantLines(t *testing.T, g *gateway, url string, said ...string) {
 			t.Errorf("level is %v, want WARN", l["level"])
 		}
 	}
-	if ends := g.linesOf(pulled, url); len(ends) != 2 {
-		t.Errorf("the log tells %d times that decisions were pulled, want twice, at the start and at the end of the trouble: %v", len(ends), ends)
+	if starts := g.linesOf(pulled, url); len(starts) != 1 {
+		t.Errorf("the log tells %d times that decisions were pulled, want once, at the start: %v", len(starts), starts)
+	}
+	if ends := g.linesOf(again, url); len(ends) != 1 || ends[0]["away"] == "" {
+		t.Errorf("the log tells %d times that LAPI answers again, want once, with how long it was away: %v", len(ends), ends)
 	}
 }
