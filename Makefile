@@ -27,7 +27,8 @@ help: ## List these commands
 
 .PHONY: demo
 demo: tools ## Run the whole gateway on this machine; ONCE=1 proves each step and exits
-	@$(GO) run ./test/demo $(if $(ONCE),-once)
+	@$(GO) build -o dist/demo ./test/demo
+	@exec dist/demo $(if $(ONCE),-once)
 
 .PHONY: test
 test: test-plan tools lint test-race test-interpreted test-real ## Prove everything on the real tools: 10 minutes, 40 the first time

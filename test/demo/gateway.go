@@ -148,14 +148,14 @@ func (g *gateway) close() error {
 // site is the gateway's address as one types it to curl.
 func (g *gateway) site() string { return strings.TrimPrefix(g.traefik.URL, "http://") }
 
-// introduce says what runs, and what to know to follow the story.
-func (g *gateway) introduce() {
-	g.say(`up after %s, all on loopback; each client has an address in 127.0.0.0/8
-
-To type along, in another shell:
-    export PATH=%s:$PATH
-The plugin asks LAPI every %s here; 10 s is the default.`,
-		spoken(time.Since(g.began)), g.bin, pollInterval)
+// introduce says what runs, and what to know to follow the story; a story that is
+// told once ends too soon to type along.
+func (g *gateway) introduce(once bool) {
+	g.say("up after %s, all on loopback; each client has an address in 127.0.0.0/8\n", spoken(time.Since(g.began)))
+	if !once {
+		g.say("To type along, in another shell:\n    export PATH=%s:$PATH", g.bin)
+	}
+	g.say("The plugin asks LAPI every %s here; 10 s is the default.", pollInterval)
 }
 
 // invite says what there is to play with while the demo stays up.

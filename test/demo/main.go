@@ -50,7 +50,7 @@ func run(ctx context.Context, out io.Writer, once bool) (err error) {
 	}
 	defer func() { err = errors.Join(err, g.close()) }()
 
-	g.introduce()
+	g.introduce(once)
 	failed := play(ctx, s, []step{
 		{"A request goes through", g.passes},
 		{"A ban, and its end", g.banAndUnban},
@@ -104,8 +104,8 @@ func play(ctx context.Context, s *story, steps []step) (failed []string) {
 	return failed
 }
 
-// untilOrphaned ends with ctx or when the parent process ends: go run and make
-// do not hand SIGTERM on, and would leave the demo behind.
+// untilOrphaned ends with ctx or when the parent process ends: make does not hand
+// SIGTERM on, and would leave the demo behind.
 func untilOrphaned(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(ctx)
 	parent := os.Getppid()
