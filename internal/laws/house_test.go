@@ -13,7 +13,7 @@ import (
 var topLevel = []string{
 	".ci", ".editorconfig", ".gitignore", ".traefik.yml",
 	"ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md",
-	"bouncer", "cmd", "deploy", "go.mod", "go.sum", "internal", "plugin", "test", "tunnel",
+	"bouncer", "cmd", "deploy", "docs", "go.mod", "go.sum", "internal", "plugin", "test", "tunnel",
 }
 
 func judgeTopLevel(t tree) []violation {

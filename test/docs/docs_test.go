@@ -1,7 +1,8 @@
-// Package docs holds the README to what is true: its table lists the plugin's
-// options, all of them and no others; the real Traefik accepts its examples with
-// the bundled plugin, and its quick start serves a site; its commands and links
-// lead somewhere. It has no opinion on words, and nobody imports it.
+// Package docs holds the README and the pages of docs to what is true: a table
+// lists the plugin's options, all of them and no others; the real Traefik accepts
+// the examples with the bundled plugin, and the quick start serves a site;
+// commands and links lead somewhere. It has no opinion on words, and nobody
+// imports it.
 package docs
 
 import (
@@ -28,17 +29,53 @@ import (
 	"github.com/edgeward/edgeward/test/rig/rigtest"
 )
 
-func readme(t *testing.T) (root, text string) {
+// page is a text for readers.
+type page struct {
+	name string // from the root of the repository
+	text string
+}
+
+const (
+	readme     = "README.md"
+	pluginPage = "docs/plugin.md"
+)
+
+// pages returns the README and what docs holds.
+func pages(t *testing.T) (root string, found []page) {
 	t.Helper()
 	root, err := rig.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	data, err := os.ReadFile(filepath.Join(root, "README.md"))
+	names, err := filepath.Glob(filepath.Join(root, "docs", "*.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return root, string(data)
+	for _, name := range append([]string{filepath.Join(root, readme)}, names...) {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		short, err := filepath.Rel(root, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found = append(found, page{filepath.ToSlash(short), string(data)})
+	}
+	return root, found
+}
+
+// named returns one of the pages.
+func named(t *testing.T, name string) (root, text string) {
+	t.Helper()
+	root, all := pages(t)
+	for _, p := range all {
+		if p.name == name {
+			return root, p.text
+		}
+	}
+	t.Fatalf("there is no %s", name)
+	return "", ""
 }
 
 // options lists the options of a section of the configuration by their paths,
@@ -62,7 +99,7 @@ func options(section reflect.Type, at string) []string {
 }
 
 func TestTableListsExactlyTheOptions(t *testing.T) {
-	_, text := readme(t)
+	_, text := named(t, pluginPage)
 	_, text, _ = strings.Cut(text, "\n| option | default | meaning |\n")
 	table, _, _ := strings.Cut(text, "\n\n")
 	var listed []string
@@ -76,11 +113,11 @@ func TestTableListsExactlyTheOptions(t *testing.T) {
 	slices.Sort(listed)
 	slices.Sort(exist)
 	if diff := cmp.Diff(exist, listed); diff != "" {
-		t.Errorf("options that exist and options in the README's table (-exist +listed):\n%s", diff)
+		t.Errorf("options that exist and options in the table (-exist +listed):\n%s", diff)
 	}
 }
 
-// example is a YAML block of the README.
+// example is a YAML block of a page.
 type example struct {
 	line int
 	yaml string
@@ -152,7 +189,7 @@ func indented(text string, by int) string {
 func TestTraefikAcceptsEveryExample(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	_, text := readme(t)
+	_, all := pages(t)
 	tr := rigtest.Traefik(t, rig.TraefikOptions{})
 
 	// The judge bites: an option that does not exist is noticed in each form.
@@ -167,14 +204,16 @@ func TestTraefikAcceptsEveryExample(t *testing.T) {
 	}
 
 	judged := 0
-	for _, e := range examples(text) {
-		yaml, ok := e.dynamic()
-		if !ok {
-			continue // the quick start's own test has it
-		}
-		judged++
-		if err := tr.SetDynamic(ctx, yaml); err != nil {
-			t.Errorf("README.md:%d: %v, for\n%s", e.line, err, yaml)
+	for _, p := range all {
+		for _, e := range examples(p.text) {
+			yaml, ok := e.dynamic()
+			if !ok {
+				continue // the quick start's own test has it
+			}
+			judged++
+			if err := tr.SetDynamic(ctx, yaml); err != nil {
+				t.Errorf("%s:%d: %v, for\n%s", p.name, e.line, err, yaml)
+			}
 		}
 	}
 	if judged < 4 {
@@ -187,7 +226,7 @@ func TestTraefikAcceptsEveryExample(t *testing.T) {
 func TestQuickStartServesASite(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	root, text := readme(t)
+	root, text := named(t, readme)
 	origin := rigtest.Origin(t)
 	lapi := rigtest.LAPI(t, rig.LAPIOptions{})
 	key, err := lapi.AddBouncer(ctx, "traefik")
@@ -302,27 +341,31 @@ func visit(ctx context.Context, url string) (int, error) {
 }
 
 func TestCommandsAndLinksLeadSomewhere(t *testing.T) {
-	root, text := readme(t)
+	root, all := pages(t)
 	makefile, err := os.ReadFile(filepath.Join(root, "Makefile"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	targets := regexp.MustCompile(`(?m)(?:^    |\x60)make ([a-z-]+)`).FindAllStringSubmatch(text, -1)
-	for _, target := range targets {
-		if !strings.Contains(string(makefile), "\n"+target[1]+":") {
-			t.Errorf("make %s is no command of the Makefile", target[1])
+	commands, links := 0, 0
+	for _, p := range all {
+		for _, target := range regexp.MustCompile(`(?m)(?:^    |\x60)make ([a-z-]+)`).FindAllStringSubmatch(p.text, -1) {
+			commands++
+			if !strings.Contains(string(makefile), "\n"+target[1]+":") {
+				t.Errorf("%s: make %s is no command of the Makefile", p.name, target[1])
+			}
+		}
+		for _, link := range regexp.MustCompile(`\]\(([^)]+)\)`).FindAllStringSubmatch(p.text, -1) {
+			if strings.Contains(link[1], "://") {
+				continue
+			}
+			links++
+			file, _, _ := strings.Cut(link[1], "#")
+			if _, err := os.Stat(filepath.Join(root, filepath.Dir(p.name), filepath.FromSlash(file))); err != nil {
+				t.Errorf("%s: link to %s: %v", p.name, link[1], err)
+			}
 		}
 	}
-	links := regexp.MustCompile(`\]\(([^)]+)\)`).FindAllStringSubmatch(text, -1)
-	for _, link := range links {
-		if strings.Contains(link[1], "://") {
-			continue
-		}
-		if _, err := os.Stat(filepath.Join(root, filepath.FromSlash(link[1]))); err != nil {
-			t.Errorf("link to %s: %v", link[1], err)
-		}
-	}
-	if len(targets) < 3 || len(links) < 4 {
-		t.Errorf("found %d commands and %d links, want 3 and 4 or more", len(targets), len(links))
+	if commands < 3 || links < 4 {
+		t.Errorf("found %d commands and %d links, want 3 and 4 or more", commands, links)
 	}
 }
