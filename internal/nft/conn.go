@@ -316,6 +316,9 @@ func (c *Conn) build(l *layout, content Content) error {
 	if err := c.addClasses(l, content.Classes); err != nil {
 		return err
 	}
+	if err := c.encodeWaivers(l.name, l.waivers(), content.Waivers); err != nil {
+		return err
+	}
 	if err := c.commit(); err != nil {
 		return err
 	}
@@ -333,7 +336,7 @@ func (b *batch) rules(ch chain, comment string) {
 // counters makes sure of those that the rules of l refer to.
 func (b *batch) counters(l *layout) {
 	for _, six := range []bool{false, true} {
-		for _, k := range []Kind{Seen, Protected, Unclassified} {
+		for _, k := range []Kind{Seen, Protected, Waived, Unclassified} {
 			b.newCounter(counterName(k, "", six))
 		}
 		for _, lock := range l.config.Locks {
@@ -711,6 +714,79 @@ func (c *Conn) encodeRanges(changes Changes, rebuild bool) (done func(), err err
 		done = func() {}
 	}
 	return done, nil
+}
+
+// Waive replaces the waivers of the generation that enforces, in one transaction.
+// That may be a predecessor's: whoever asks to be let in does not wait for an
+// Install. ErrNotInstalled says that there is none, or an older release's, which
+// has no waivers.
+func (c *Conn) Waive(w Waivers) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.connect(); err != nil {
+		return err
+	}
+	have, err := c.inspect(TableName)
+	if err != nil {
+		return err
+	}
+	at := layout{}
+	for n, g := range have.generations {
+		if g.hooked && n > at.generation {
+			at.generation = n
+		}
+	}
+	var bases []string
+	for _, base := range []string{waiveBans, waiveLocks} {
+		if g := have.generations[at.generation]; g != nil && slices.Contains(g.sets, at.name(base+"6")) {
+			bases = append(bases, base)
+		}
+	}
+	if !slices.Contains(bases, waiveBans) {
+		return ErrNotInstalled
+	}
+	b := c.begin()
+	for _, base := range bases {
+		b.flushSet(at.name(base + "4"))
+		b.flushSet(at.name(base + "6"))
+	}
+	err = c.encodeWaivers(at.name, bases, w)
+	if err == nil {
+		err = c.commit()
+	}
+	if err != nil {
+		b.reset(c.sock.next, c.sock.port)
+		if c.sock.lost {
+			c.live = nil
+		}
+		return fmt.Errorf("waive bans: %w", err)
+	}
+	return nil
+}
+
+// encodeWaivers fills the sets called bases, which are empty.
+func (c *Conn) encodeWaivers(name func(string) string, bases []string, w Waivers) error {
+	for _, base := range bases {
+		list := w.Bans
+		if base == waiveLocks {
+			list = w.Locks
+		}
+		for _, six := range []bool{false, true} {
+			out := writer{batch: &c.batch, typ: unix.NFT_MSG_NEWSETELEM, set: name(base + familyOf(six))}
+			for _, r := range list {
+				r.Class = 1 // of no meaning here, and missed elsewhere
+				r, err := checkRange(r)
+				if err != nil {
+					return err
+				}
+				if r.Timeout > 0 && r.From.Is6() == six {
+					out.span(r.From.AsSlice(), r.To.AsSlice(), value{}, r.Timeout)
+				}
+			}
+			out.end()
+		}
+	}
+	return nil
 }
 
 // Remove deletes the table, and nothing else; that it is missing is no error.

@@ -20,7 +20,7 @@ import (
 
 // layoutVersion changes with the rules that a Config becomes, so that those of
 // an older release are replaced.
-const layoutVersion = 1
+const layoutVersion = 2
 
 const (
 	defaultSYNPriority = -300 // "raw", before connection tracking
@@ -172,7 +172,7 @@ func word(name string) string {
 }
 
 // Counters outlive generations: their names have none.
-var kindNames = map[Kind]string{Banned: "banned", Locked: "locked", Seen: "seen", Protected: "protected", Unclassified: "unclassified"}
+var kindNames = map[Kind]string{Banned: "banned", Locked: "locked", Seen: "seen", Protected: "protected", Waived: "waived", Unclassified: "unclassified"}
 
 func counterName(k Kind, name string, six bool) string {
 	s := kindNames[k]
@@ -349,6 +349,13 @@ func (l *layout) sets(protected []netip.Prefix) []set {
 		l.bans("bans6", true, false), l.bans("nets6", true, true),
 		prefixSet(l.name("allow4"), false, four), prefixSet(l.name("allow6"), true, six),
 	}
+	for _, base := range l.waivers() {
+		for _, six := range []bool{false, true} {
+			s := addressSet(l.name(base+familyOf(six)), six)
+			s.interval, s.timeout = true, true
+			out = append(out, s)
+		}
+	}
 	if !l.config.Observe {
 		out = append(out, set{name: l.name("classes"), key: typeMark, keyLen: 4, data: typeVerdict, dataLen: 16, order: orderHost})
 	}
@@ -426,7 +433,9 @@ func (l *layout) chains() []chain {
 	var out []chain
 	if l.config.Observe {
 		for _, six := range []bool{false, true} {
-			source.rules = append(source.rules, rule(addressIn(six, l.name(allowOf(six)), false), accept))
+			source.rules = append(source.rules,
+				rule(addressIn(six, l.name(allowOf(six)), false), accept),
+				rule(addressIn(six, l.name(waiveBans+familyOf(six)), false), accept))
 		}
 		source.rules = append(source.rules, rule(isNeighbour, accept))
 		for _, m := range banMaps {
@@ -442,7 +451,9 @@ func (l *layout) chains() []chain {
 			// The mark was nothing, most likely: this is before all who use it.
 			banned.rules = append(banned.rules, rule(
 				addressIn(six, l.name(allowOf(six)), false),
-				counter(counterName(Protected, "", six)), noMark, accept))
+				counter(counterName(Protected, "", six)), noMark, accept),
+				rule(addressIn(six, l.name(waiveBans+familyOf(six)), false),
+					counter(counterName(Waived, "", six)), noMark, accept))
 		}
 		banned.rules = append(banned.rules, rule(isNeighbour, noMark, accept))
 		banned.rules = append(banned.rules, rule(exprs{
@@ -464,7 +475,8 @@ func (l *layout) chains() []chain {
 		source.rules = append(source.rules, l.lockRules(i)...)
 		for _, six := range []bool{false, true} {
 			closed.rules = append(closed.rules,
-				rule(addressIn(six, l.name(allowOf(six)), false), counter(counterName(Protected, "", six)), accept))
+				rule(addressIn(six, l.name(allowOf(six)), false), counter(counterName(Protected, "", six)), accept),
+				rule(addressIn(six, l.name(waiveLocks+familyOf(six)), false), counter(counterName(Waived, "", six)), accept))
 		}
 		name := l.config.Locks[i].Name
 		closed.rules = append(closed.rules, l.count(Locked, name)...)
@@ -481,11 +493,28 @@ var banMaps = []struct {
 	six, interval bool
 }{{"bans4", false, false}, {"nets4", false, true}, {"bans6", true, false}, {"nets6", true, true}}
 
-func allowOf(six bool) string {
+func allowOf(six bool) string { return "allow" + familyOf(six) }
+
+// familyOf ends the names of what is there for each family.
+func familyOf(six bool) string {
 	if six {
-		return "allow6"
+		return "6"
 	}
-	return "allow4"
+	return "4"
+}
+
+// Sets of what is waived.
+const (
+	waiveBans  = "waive"
+	waiveLocks = "open"
+)
+
+// waivers names those of l: without locks there is nothing to open.
+func (l *layout) waivers() []string {
+	if len(l.config.Locks) == 0 {
+		return []string{waiveBans}
+	}
+	return []string{waiveBans, waiveLocks}
 }
 
 // lockRules lead packets to a closed port of this machine, or of To, to the

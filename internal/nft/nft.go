@@ -15,7 +15,8 @@
 // (bans4, bans6), a range one of a small interval map (nets4, nets6). A packet
 // that hits neither leaves as it came: it has paid one look-up in each. One that
 // hits is asked first whether it comes from a protected address (allow4,
-// allow6), then takes its class as mark, and the verdict map "classes" sends it
+// allow6) or one for which bans are waived for a time (waive4, waive6, with
+// timeouts), then takes its class as mark, and the verdict map "classes" sends it
 // to the chain of that class, which counts, logs and drops. That is two steps,
 // and not one verdict map from address to chain, because the kernel revalidates
 // all of a verdict map at every commit. In observe mode the class is compared
@@ -166,6 +167,16 @@ type Content struct {
 	Size int
 	// Ranges yields ranges that do not overlap, in any order; nil yields none.
 	Ranges iter.Seq[Range]
+	// Waivers hold from the start.
+	Waivers Waivers
+}
+
+// Waivers let packets pass for a time, whatever is held: the kernel ends each by
+// itself, with nobody alive to do it. Classes do not matter. In each list ranges
+// do not overlap.
+type Waivers struct {
+	Bans  []Range // no ban stops packets from these
+	Locks []Range // no lock does
 }
 
 // Changes is what Update writes, in one transaction.
@@ -250,6 +261,8 @@ const (
 	// Unclassified packets came from a banned address of no known class. They
 	// are dropped too.
 	Unclassified
+	// Waived packets a ban or a lock would have stopped, but for a waiver.
+	Waived
 )
 
 // Counter is a number of packets since the table was created: Install leaves

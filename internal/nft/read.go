@@ -208,7 +208,8 @@ func (c *Conn) inspect(table string) (*state, error) {
 		g.sets = append(g.sets, name)
 		if base, _, ok := generationOf(name); ok && count >= 0 {
 			g.counts[base] = count
-			if !strings.HasPrefix(base, "bans") && !strings.HasPrefix(base, "nets") && !strings.HasPrefix(base, "allow") {
+			if !strings.HasPrefix(base, "bans") && !strings.HasPrefix(base, "nets") && !strings.HasPrefix(base, "allow") &&
+				!slices.Contains([]string{waiveBans + "4", waiveBans + "6", waiveLocks + "4", waiveLocks + "6"}, base) {
 				name = fmt.Sprintf("%s %d", name, count) // those nobody should touch
 			}
 		}
