@@ -1,7 +1,8 @@
 // Package netns gives tests networks of their own: namespaces, the cables
 // between them, and traffic through those. What a test does there ends with it
 // and reaches nothing outside. It needs root, and fails where it is not given:
-// a test of the kernel that skips has shown nothing. Only tests call it.
+// a test of the kernel that skips has shown nothing. Tests call it, and the
+// bouncer's probe, which tests a node where it stands, calls Attach.
 package netns
 
 import (
@@ -15,23 +16,52 @@ import (
 	"runtime"
 	"strings"
 	"sync/atomic"
-	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
+// TB is what of a testing.TB is needed: programs that link this package do not
+// link that one.
+type TB interface {
+	Helper()
+	Cleanup(func())
+	Fatal(...any)
+	Fatalf(string, ...any)
+}
+
 // NS is a network namespace.
 type NS struct {
-	t  testing.TB
+	t  TB
 	fd int
 }
 
 // New makes a namespace with its loopback interface up, and nothing else. It
 // goes when t ends.
-func New(t testing.TB) *NS {
+func New(t TB) *NS {
 	t.Helper()
+	fd, err := unshare()
+	if err != nil {
+		t.Fatalf("this test needs root and network namespaces: unshare: %v", err)
+	}
+	ns := &NS{t: t, fd: fd}
+	t.Cleanup(func() { unix.Close(fd) })
+	// Duplicate address detection would hold up the first second of IPv6.
+	ns.Sysctl("ipv6/conf/all/accept_dad", "0")
+	ns.Sysctl("ipv6/conf/default/accept_dad", "0")
+	ns.link(func(h *netlink.Handle) error {
+		lo, err := h.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return h.LinkSetUp(lo)
+	})
+	return ns
+}
+
+// unshare returns a file descriptor of a new namespace.
+func unshare() (int, error) {
 	type result struct {
 		fd  int
 		err error
@@ -49,22 +79,7 @@ func New(t testing.TB) *NS {
 		made <- result{fd, err}
 	}()
 	r := <-made
-	if r.err != nil {
-		t.Fatalf("this test needs root and network namespaces: unshare: %v", r.err)
-	}
-	ns := &NS{t: t, fd: r.fd}
-	t.Cleanup(func() { unix.Close(r.fd) })
-	// Duplicate address detection would hold up the first second of IPv6.
-	ns.Sysctl("ipv6/conf/all/accept_dad", "0")
-	ns.Sysctl("ipv6/conf/default/accept_dad", "0")
-	ns.link(func(h *netlink.Handle) error {
-		lo, err := h.LinkByName("lo")
-		if err != nil {
-			return err
-		}
-		return h.LinkSetUp(lo)
-	})
-	return ns
+	return r.fd, r.err
 }
 
 // FD is a file descriptor of the namespace, for as long as the test runs.
@@ -73,11 +88,13 @@ func (ns *NS) FD() int { return ns.fd }
 // Run calls f on a thread inside the namespace, and returns when f does.
 // Sockets that f opens stay inside. f must not start goroutines that count on
 // being there, nor end the test: that is for the caller, with the error.
-func (ns *NS) Run(f func() error) error {
+func (ns *NS) Run(f func() error) error { return inside(ns.fd, f) }
+
+func inside(fd int, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // for good, as in New
-		if err := unix.Setns(ns.fd, unix.CLONE_NEWNET); err != nil {
+		runtime.LockOSThread() // for good, as in unshare
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
 			done <- fmt.Errorf("enter namespace: %w", err)
 			return
 		}
