@@ -18,6 +18,9 @@
 // them are let pass in the kernel, and said aloud, because they usually mean
 // that CrowdSec is told wrong client addresses.
 //
+// What the operator orders (allow, unban, pause) lies over all that as waivers,
+// which the kernel itself ends at their time, agent or no agent.
+//
 // It never removes protection when it ends; Cleanup does, and only when asked.
 // It decides nothing about decisions that internal/decision does not say, knows
 // no netlink and no errno, and links nothing of the tunnel's or the plugin's.

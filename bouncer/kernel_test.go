@@ -26,6 +26,8 @@ type memory struct {
 	owner      bool
 	classes    map[uint32]string
 	protected  []netip.Prefix
+	waived     []ban
+	older      bool // what enforces has no waivers
 	elements   map[netip.Addr]ban
 	ranges     []ban
 	installs   int
@@ -117,7 +119,9 @@ func (m *memory) Install(cfg nft.Config, content nft.Content) error {
 		return err
 	}
 	m.protected = content.Protected
+	m.waive(content.Waivers)
 	m.generation++
+	m.older = false
 	m.layout = cfg.Layout()
 	m.enforcing, m.intact = true, true
 	return nil
@@ -227,11 +231,46 @@ func (m *memory) Counters() ([]nft.Counter, error) {
 
 func (m *memory) Watch(context.Context) (<-chan nft.Event, error) { return m.events, nil }
 
+func (m *memory) Waive(w nft.Waivers) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.enforcing || m.older {
+		return nft.ErrNotInstalled
+	}
+	if err := m.fail(); err != nil {
+		return err
+	}
+	m.waive(w)
+	return nil
+}
+
+func (m *memory) waive(w nft.Waivers) {
+	m.waived = nil
+	for _, r := range w.Bans {
+		for _, have := range m.waived {
+			if r.From.BitLen() == have.from.BitLen() && !r.To.Less(have.from) && !have.to.Less(r.From) {
+				panic(fmt.Sprintf("waivers overlap at %v", r.From))
+			}
+		}
+		m.waived = append(m.waived, ban{from: r.From, to: r.To, until: m.now().Add(r.Timeout)})
+	}
+}
+
+func (m *memory) Remove() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.fail(); err != nil {
+		return err
+	}
+	m.enforcing, m.intact, m.elements, m.ranges, m.waived = false, false, nil, nil, nil
+	return nil
+}
+
 // flush is what another program's "nft flush ruleset" leaves.
 func (m *memory) flush() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.enforcing, m.intact, m.elements, m.ranges = false, false, nil, nil
+	m.enforcing, m.intact, m.elements, m.ranges, m.waived = false, false, nil, nil, nil
 }
 
 // lose takes one element out, behind everybody's back.
@@ -249,5 +288,10 @@ func (m *memory) drops(addr netip.Addr) bool {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	for _, w := range m.waived {
+		if addr.BitLen() == w.from.BitLen() && !addr.Less(w.from) && !w.to.Less(addr) && w.until.After(m.now()) {
+			return false
+		}
+	}
 	return !slices.ContainsFunc(m.protected, func(p netip.Prefix) bool { return p.Contains(addr) })
 }

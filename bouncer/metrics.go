@@ -20,6 +20,7 @@ var (
 	descSeen       = desc("edgeward_processed_packets_total", "Packets that were looked at.", "ip_type")
 	descSeenB      = desc("edgeward_processed_bytes_total", "Bytes that were looked at.", "ip_type")
 	descProtected  = desc("edgeward_protected_packets_total", "Packets of protected addresses that a ban or a lock would have stopped.", "ip_type")
+	descWaived     = desc("edgeward_waived_packets_total", "Packets that a ban or a lock would have stopped, but for an allow, an unban or a pause.", "ip_type")
 	descLocked     = desc("edgeward_locked_packets_total", "Packets to locked ports from sources that may not use them.", "lock", "ip_type")
 	descStray      = desc("edgeward_unclassified_packets_total", "Packets of banned addresses of no known class, dropped too.", "ip_type")
 	descElements   = desc("edgeward_kernel_elements", "Addresses and ranges that the kernel holds, some of which may have just timed out.", "set")
@@ -35,6 +36,8 @@ var (
 	descSkipped    = desc("edgeward_decisions_skipped_total", "Decisions of LAPI that made no sense.", "reason")
 	descCovered    = desc("edgeward_covered_decisions", "Decisions that cover protected addresses, up to 100.")
 	descMode       = desc("edgeward_mode", "1 for the mode that is on.", "mode")
+	descOrders     = desc("edgeward_orders", "Orders of the operator in force.", "order")
+	descStoodDown  = desc("edgeward_stood_down", "1 if cleanup was asked for, and nothing is enforced until the agent is restarted.")
 	descLastChange = desc("edgeward_kernel_last_write_seconds", "What the last write to the kernel took.")
 )
 
@@ -54,6 +57,7 @@ func (c collector) Describe(ch chan<- *prometheus.Desc) {
 		descDecisions, descDropped, descDroppedB, descObserved, descObservedB, descSeen, descSeenB, descProtected,
 		descLocked, descStray, descElements, descIntact, descLooked, descWrites, descFailures, descRepairs, descMeddling,
 		descPulls, descDoubts, descPulled, descSkipped, descCovered, descMode, descLastChange,
+		descWaived, descOrders, descStoodDown,
 	} {
 		ch <- d
 	}
@@ -102,6 +106,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 			count(descSeenB, n.Bytes, family)
 		case nft.Protected:
 			count(descProtected, n.Packets, family)
+		case nft.Waived:
+			count(descWaived, n.Packets, family)
 		case nft.Locked:
 			count(descLocked, n.Packets, n.Name, family)
 		case nft.Unclassified:
@@ -123,6 +129,11 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	count(descRepairs, r.Repairs)
 	count(descMeddling, r.Interference)
 	gauge(descLastChange, r.LastTook.Seconds())
+	gauge(descStoodDown, truth[r.StoodDown])
+	orders := b.enforcer.orders.Load().live(b.now())
+	gauge(descOrders, float64(len(orders.Allows)), "allow")
+	gauge(descOrders, float64(len(orders.Unbans)), "unban")
+	gauge(descOrders, truth[orders.Pause != nil], "pause")
 
 	b.mu.Lock()
 	defer b.mu.Unlock()

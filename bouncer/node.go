@@ -78,6 +78,11 @@ func newBouncer(c Config, k kernel, g *guard, now func() time.Time, log *slog.Lo
 		feed: feed{Skipped: map[string]uint64{}},
 	}
 	b.enforcer = newEnforcer(k, &c, b.now, log)
+	orders, err := loadOrders(c.StateDir, b.now())
+	if err != nil {
+		b.log.Warn("cannot read the operator's orders: none is in force, give them again", "err", err)
+	}
+	b.enforcer.orders.Store(&orders)
 	b.loop = reconcile.New(reconcile.Config{Name: "kernel", Turn: b.turn, Interval: verifyInterval, Limit: 5 * time.Minute, Log: log})
 	if err := b.enforcer.start(); err != nil {
 		return nil, err
@@ -237,6 +242,8 @@ func (b *Bouncer) save(last bool) {
 func (b *Bouncer) Ready() error {
 	r := b.enforcer.stands()
 	switch {
+	case r.StoodDown:
+		return errStoodDown
 	case !r.Fed:
 		return errors.New("no decisions yet: LAPI has not answered and there is no snapshot")
 	case r.Err != nil:
@@ -263,7 +270,7 @@ func (b *Bouncer) Totals() (crowdsec.Totals, error) {
 		switch {
 		case c.Kind == nft.Seen:
 			s.Name = crowdsec.Processed
-		case c.Kind == nft.Banned && b.config.Mode == Enforce:
+		case c.Kind == nft.Banned && b.config.Mode == Enforce && c.Name != probeClass:
 			s.Name = crowdsec.Dropped
 			s.Remediation, s.Origin = splitClass(c.Name)
 		default:

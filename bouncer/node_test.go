@@ -98,7 +98,7 @@ func TestFeedReachesKernelAndBack(t *testing.T) {
 		decided(7, "nonsense", "ban", "CAPI", "ssh"),
 	)
 	for addr, want := range map[string]bool{"203.0.113.66": true, "203.0.113.67": false, "198.51.100.9": true,
-		"203.0.113.7": false, "10.9.9.9": false, "2001:db8::66": true, "192.0.2.1": false} {
+		"203.0.113.7": false, "10.9.9.9": false, "2001:db8::66": true, "192.0.2.123": false} {
 		if got := n.memory.drops(netip.MustParseAddr(addr)); got != want {
 			t.Errorf("%s is dropped: %v", addr, got)
 		}
@@ -113,7 +113,7 @@ func TestFeedReachesKernelAndBack(t *testing.T) {
 		"203.0.113.7":  {"pass", "decisions hold it, but it is protected: protect.addresses", "the address is protected"},
 		"10.9.9.9":     {"pass", "the address is private, and the decision was made elsewhere"},
 		"127.0.0.2":    {"pass", "nothing holds it, and it is protected: loopback"},
-		"192.0.2.1":    {"pass", "no decision holds it"},
+		"192.0.2.123":  {"pass", "no decision holds it"},
 	} {
 		w, err := n.Why(netip.MustParseAddr(addr))
 		if err != nil {

@@ -156,27 +156,40 @@ const snapshotName = "decisions.snapshot"
 
 // saveSnapshot replaces the snapshot in dir, all of it or nothing.
 func saveSnapshot(dir string, t *decision.Table, now time.Time) (rows int, err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return 0, fmt.Errorf("save snapshot: %w", err)
-	}
-	path := filepath.Join(dir, snapshotName)
-	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	err = replaceFile(dir, snapshotName, func(w io.Writer) (err error) {
+		rows, err = writeSnapshot(w, t, now)
+		return err
+	})
 	if err != nil {
 		return 0, fmt.Errorf("save snapshot: %w", err)
 	}
-	rows, err = writeSnapshot(f, t, now)
+	return rows, nil
+}
+
+// replaceFile puts what write writes in the place of a file, all of it or
+// nothing, also if power is cut meanwhile.
+func replaceFile(dir, name string, write func(io.Writer) error) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	path := filepath.Join(dir, name)
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	err = write(f)
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(path+".new", path)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("save snapshot: %w", errors.Join(err, os.Remove(path+".new")))
+		return errors.Join(err, os.Remove(path+".new"))
 	}
 	if d, err := os.Open(dir); err == nil { // else the name may not outlive a power cut
 		_ = d.Sync()
 		_ = d.Close()
 	}
-	return rows, nil
+	return nil
 }
 
 // loadSnapshot reads the snapshot in dir into store.

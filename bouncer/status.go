@@ -13,12 +13,16 @@ import (
 
 // Status is what /v1/status and the status command show.
 type Status struct {
-	Version string     `json:"version"`
-	Mode    Mode       `json:"mode"`
-	Since   time.Time  `json:"since"`
-	Ready   string     `json:"ready"` // "yes", or why not
-	LAPI    LAPIStatus `json:"lapi"`
-	Kernel  Kernel     `json:"kernel"`
+	Version string    `json:"version"`
+	Mode    Mode      `json:"mode"`
+	Since   time.Time `json:"since"`
+	Ready   string    `json:"ready"` // "yes", or why not
+	// StoodDown says that cleanup was asked for: nothing is enforced.
+	StoodDown bool `json:"stoodDown,omitempty"`
+	// Orders are what the operator asked for and what has not ended.
+	Orders Orders     `json:"orders"`
+	LAPI   LAPIStatus `json:"lapi"`
+	Kernel Kernel     `json:"kernel"`
 	// Decisions are all live ones on addresses, enforced here or not.
 	Decisions []Count `json:"decisions"`
 	Skipped   Skipped `json:"skipped,omitempty"`
@@ -132,6 +136,8 @@ func (b *Bouncer) Status() Status {
 			Answering: b.now().Sub(feed.Last) < 3*b.config.LAPI.Interval+b.config.LAPI.Timeout,
 		},
 		Kernel:    kernelOf(report.Have),
+		StoodDown: report.StoodDown,
+		Orders:    b.enforcer.orders.Load().live(b.now()),
 		Decisions: b.tally(),
 		Skipped:   skipped,
 		Dropped:   []Drop{},
@@ -186,7 +192,9 @@ type Why struct {
 	Verdict string `json:"verdict"`
 	Says    string `json:"says"`
 	// Protected is why no decision stops the address; empty if they do.
-	Protected string   `json:"protected,omitempty"`
+	Protected string `json:"protected,omitempty"`
+	// Waived is the order of the operator that lets it pass for a time, if any.
+	Waived    string   `json:"waived,omitempty"`
 	Decisions []Holder `json:"decisions"`
 	// Kernel is what the kernel holds, nil where it holds nothing.
 	Kernel *Held `json:"kernel,omitempty"`
@@ -223,6 +231,7 @@ func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
 	if r.guarded.holds(single(addr)) {
 		w.Protected = whyProtected(r.protected, single(addr))
 	}
+	w.Waived = b.enforcer.orders.Load().why(addr, now)
 	private := r.private.holds(single(addr))
 	fallback, _ := decision.ParseFallback(string(b.config.Decisions.Fallback))
 	every := decision.NewView(r.table, decision.Policy{Fallback: fallback})
@@ -236,6 +245,8 @@ func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
 			h.Enforced, h.Because = false, "the address is protected"
 		case h.Enforced && private && foreign(v.Origin):
 			h.Enforced, h.Because = false, "the address is private, and the decision was made elsewhere"
+		case h.Enforced && w.Waived != "":
+			h.Enforced, h.Because = false, "waived: "+w.Waived
 		}
 		banned = banned || h.Enforced
 		w.Decisions = append(w.Decisions, h)
@@ -261,6 +272,10 @@ func verdict(w Why, banned bool, mode Mode) (verdict, says string) {
 		return "pass", fmt.Sprintf("decisions hold it, but it is protected: %s", w.Protected)
 	case w.Protected != "":
 		return "pass", fmt.Sprintf("nothing holds it, and it is protected: %s", w.Protected)
+	case w.Waived != "" && len(w.Decisions) > 0:
+		return "pass", "decisions hold it, but " + w.Waived
+	case w.Waived != "":
+		return "pass", "no decision holds it, and " + w.Waived
 	case banned && w.Kernel == nil:
 		return "pass", "it is banned, and the kernel does not hold the ban yet"
 	case w.Kernel != nil && mode == Observe:

@@ -21,7 +21,8 @@ import (
 
 // commands is the command line.
 func commands() *cobra.Command {
-	var path, format string
+	var path, format, socket string
+	var withProbe bool
 	root := &cobra.Command{
 		Use:               "edgeward-bouncer",
 		Short:             "Hold CrowdSec's bans in this node's kernel",
@@ -31,13 +32,31 @@ func commands() *cobra.Command {
 	}
 	root.PersistentFlags().StringVar(&path, "config", "/etc/edgeward/bouncer.yaml", "configuration `FILE`")
 	root.PersistentFlags().StringVar(&format, "output", "table", "json, yaml or table")
+	root.PersistentFlags().StringVar(&socket, "socket", "", "ask the agent at `PATH`, not where the configuration says")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
 		if format != "json" && format != "yaml" && format != "table" {
 			return fmt.Errorf("output %q: want json, yaml or table", format)
 		}
 		return nil
 	}
+	verify := &cobra.Command{
+		Use: "check", Short: "Check the configuration, and change nothing", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := bouncer.Load(path)
+			if err != nil {
+				return err
+			}
+			if withProbe {
+				return probe(cmd.Context(), cmd.OutOrStdout(), format, &c, socket)
+			}
+			return check(cmd.OutOrStdout(), path, &c, os.Getenv)
+		},
+	}
+	verify.Flags().BoolVar(&withProbe, "probe", false,
+		"prove with packets from a test address, banned for seconds, that this node drops (as root with CAP_SYS_ADMIN, beside a running agent)")
+	root.AddCommand(orders(&socket, &path, &format)...)
 	root.AddCommand(
+		verify,
 		&cobra.Command{
 			Use: "run", Short: "Be the agent", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
@@ -49,27 +68,20 @@ func commands() *cobra.Command {
 			},
 		},
 		&cobra.Command{
-			Use: "check", Short: "Check the configuration, and change nothing", Args: cobra.NoArgs,
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				c, err := bouncer.Load(path)
-				if err != nil {
-					return err
-				}
-				return check(cmd.OutOrStdout(), path, &c, os.Getenv)
-			},
-		},
-		&cobra.Command{
 			Use: "cleanup", Short: "Remove the nftables table inet edgeward, and so all bans", Args: cobra.NoArgs,
-			RunE: func(cmd *cobra.Command, _ []string) error { return cleanup(cmd.OutOrStdout()) },
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				at, why := socketOf(socket, path)
+				return cleanup(cmd.Context(), cmd.OutOrStdout(), at, why)
+			},
 		},
 		&cobra.Command{
 			Use: "status", Short: "Show what the agent knows and the kernel holds", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
-				c, err := bouncer.Load(path)
+				at, err := socketOf(socket, path)
 				if err != nil {
 					return err
 				}
-				s, err := bouncer.AskStatus(cmd.Context(), c.Socket)
+				s, err := bouncer.AskStatus(cmd.Context(), at)
 				if errors.Is(err, bouncer.ErrNoAgent) {
 					return kernelAlone(cmd.OutOrStdout(), format, err)
 				}
@@ -86,11 +98,11 @@ func commands() *cobra.Command {
 				if err != nil {
 					return fmt.Errorf("%q: want an address such as 192.0.2.1 or 2001:db8::1", args[0])
 				}
-				c, err := bouncer.Load(path)
+				at, err := socketOf(socket, path)
 				if err != nil {
 					return err
 				}
-				w, err := bouncer.AskWhy(cmd.Context(), c.Socket, addr)
+				w, err := bouncer.AskWhy(cmd.Context(), at, addr)
 				if err != nil {
 					return err
 				}
@@ -127,32 +139,6 @@ func check(w io.Writer, path string, c *bouncer.Config, getenv func(string) stri
 	return nil
 }
 
-// cleanup removes the table. A table that a living agent holds is not removed:
-// the agent would only restore it.
-func cleanup(w io.Writer) error {
-	conn, err := nft.Open(nft.Options{})
-	if errors.Is(err, nft.ErrOwned) {
-		return fmt.Errorf("clean up: %w: stop the agent first", err)
-	}
-	if err != nil {
-		return fmt.Errorf("clean up: %w", err)
-	}
-	defer conn.Close()
-	have, err := conn.Read()
-	if err != nil {
-		return fmt.Errorf("clean up: %w", err)
-	}
-	if err := conn.Remove(); err != nil {
-		return fmt.Errorf("clean up: %w", err)
-	}
-	if have.Present {
-		fmt.Fprintln(w, "removed the table inet edgeward: no ban is enforced on this node any more")
-	} else {
-		fmt.Fprintln(w, "there is no table inet edgeward on this node")
-	}
-	return nil
-}
-
 // kernelAlone shows what the kernel enforces where no agent runs, and fails with
 // the reason why the agent did not answer.
 func kernelAlone(w io.Writer, format string, reason error) error {
@@ -170,7 +156,7 @@ func kernelAlone(w io.Writer, format string, reason error) error {
 			fmt.Fprintln(w, "no agent runs, and the kernel enforces nothing")
 			return
 		}
-		fmt.Fprintf(w, "no agent runs; the kernel enforces %d banned addresses and %d ranges until each of them ends\n",
+		fmt.Fprintf(w, "no agent runs; the kernel enforces %d banned addresses and %d ranges until each of them ends,\nbut for what an allow, an unban or a pause lets pass until its own end\n",
 			h.Bans4+h.Bans6, h.Nets4+h.Nets6)
 	}); err != nil {
 		return err
@@ -200,6 +186,15 @@ func statusTable(w io.Writer, s bouncer.Status) {
 	line := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
 	line("ready", "%s", s.Ready)
 	line("mode", "%s", s.Mode)
+	if p := s.Orders.Pause; p != nil {
+		line("paused", "%s", asked(*p))
+	}
+	for _, a := range s.Orders.Allows {
+		line("allowed", "%v %s", a.Prefix, asked(a.Asked))
+	}
+	for _, u := range s.Orders.Unbans {
+		line("unbanned", "%v %s", u.Address, asked(u.Asked))
+	}
 	lapi := "answering"
 	if !s.LAPI.Answering {
 		lapi = "not answering"
@@ -236,6 +231,15 @@ func statusTable(w io.Writer, s bouncer.Status) {
 			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\n", d.Origin, d.Remediation, d.IPType, d.Packets, d.Bytes)
 		}
 	}
+}
+
+// asked says until when an order is in force, who gave it, and why.
+func asked(a bouncer.Asked) string {
+	says := fmt.Sprintf("until %s, by %s", a.Until.Format(time.DateTime), a.By)
+	if a.Because != "" {
+		says += ", because: " + a.Because
+	}
+	return says
 }
 
 func whyTable(w io.Writer, y bouncer.Why) {

@@ -1,9 +1,11 @@
 // Command edgeward-bouncer holds CrowdSec's bans in the kernel of one node. Its
-// run verb is the agent; check, status and why change nothing; cleanup removes
-// the nftables table inet edgeward, and nothing else does: an agent that ends
-// leaves the node protected.
+// run verb is the agent; check, status and why change nothing; allow, unban and
+// pause are orders to the agent, each for a time; cleanup removes the nftables
+// table inet edgeward, and nothing else does: an agent that ends leaves the node
+// protected.
 //
-// It needs CAP_NET_ADMIN and no other privilege, and runs once per node.
+// It needs CAP_NET_ADMIN and no other privilege (check --probe is for root, with
+// CAP_SYS_ADMIN), and runs once per node.
 package main
 
 import (
@@ -81,7 +83,7 @@ func run(ctx context.Context, c bouncer.Config) error {
 	if c.Socket != "" {
 		// Bans matter more than questions about them.
 		if control, err := bouncer.ListenControl(c.Socket, b, log); err != nil {
-			log.Warn("status and why will not work", "err", err)
+			log.Warn("status, why and orders will not work", "err", err)
 		} else {
 			tasks = append(tasks, control)
 		}
