@@ -9,6 +9,10 @@
 //
 //	LAPI rows → Delta → Store.Apply → Store.Compile → Table → View.Lookup → Verdict
 //
+// Beside LAPI's decisions there may be local ones, such as those of a file of
+// addresses. They count like any other, under ids of their own, and no answer of
+// LAPI touches them.
+//
 // A Store belongs to one goroutine. A Table and a View never change once made
 // and may be read by any number of goroutines.
 //

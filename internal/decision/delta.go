@@ -9,7 +9,7 @@ import (
 // Reasons why a row is skipped, the keys of Delta.Skipped.
 const (
 	SkipRow      = "row"      // not a decision at all
-	SkipID       = "id"       // negative, or too large to be an id
+	SkipID       = "id"       // negative, or too large to be one of LAPI's
 	SkipScope    = "scope"    // none of ip, range, country, as
 	SkipValue    = "value"    // not an address
 	SkipPrefix   = "prefix"   // an address with a prefix length it cannot have
@@ -83,9 +83,10 @@ func (d *Delta) Unreadable() {
 }
 
 // Delete records that LAPI no longer holds the decision with this id. A full
-// delta has no use for it: what it does not list is gone.
+// delta has no use for it: what it does not list is gone. Local decisions are
+// not LAPI's to end; Release does that.
 func (d *Delta) Delete(id int) {
-	if !d.Full {
+	if !d.Full && id < FirstLocal {
 		d.gone = append(d.gone, id)
 	}
 }
@@ -93,7 +94,7 @@ func (d *Delta) Delete(id int) {
 // Add records a decision. A row that makes no sense is counted in Skipped and
 // never costs its neighbours anything.
 func (d *Delta) Add(r *Row) {
-	if r.ID < 0 || r.ID >= maxID {
+	if r.ID < 0 || r.ID >= FirstLocal {
 		d.skip(SkipID)
 		d.lost = true
 		return

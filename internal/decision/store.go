@@ -104,8 +104,9 @@ func (s *Store) Apply(d *Delta, now time.Time) Outcome {
 
 func (s *Store) replace(d *Delta, now time.Time) Outcome {
 	s.keep(d, now)
-	base := compile(d.four, d.six)
 	out := Outcome{Had: s.live(now), Got: d.Len()}
+	s.carry(d)
+	base := compile(d.four, d.six)
 	missing := s.lacks(base, now)
 	out.Missing = len(missing)
 	if len(missing) == 0 {
@@ -181,13 +182,16 @@ func (s *Store) keep(d *Delta, now time.Time) {
 	d.four, d.six = distinct(d.four, d.six)
 }
 
-// lacks returns the sorted ids of the live decisions that the store holds and b
-// does not.
+// lacks returns the sorted ids of LAPI's live decisions that the store holds and
+// b does not.
 func (s *Store) lacks(b *block, now time.Time) []int {
 	at := int(now.UnixNano())
 	var missing []int
 	j := 0
 	for i, id := range s.base.ids {
+		if id >= FirstLocal {
+			break
+		}
 		for j < len(b.ids) && b.ids[j] < id {
 			j++
 		}
@@ -200,12 +204,12 @@ func (s *Store) lacks(b *block, now time.Time) []int {
 		}
 	}
 	for i, id := range s.four.id {
-		if s.four.until[i] > at && rowOf(b, id) < 0 {
+		if s.four.until[i] > at && id < FirstLocal && rowOf(b, id) < 0 {
 			missing = append(missing, id)
 		}
 	}
 	for i, id := range s.six.id {
-		if s.six.until[i] > at && rowOf(b, id) < 0 {
+		if s.six.until[i] > at && id < FirstLocal && rowOf(b, id) < 0 {
 			missing = append(missing, id)
 		}
 	}
@@ -340,27 +344,27 @@ func has(sorted []int, n int) bool {
 	return i < len(sorted) && sorted[i] == n
 }
 
-// live counts the unexpired decisions on addresses.
+// live counts LAPI's unexpired decisions on addresses.
 func (s *Store) live(now time.Time) int {
 	at := int(now.UnixNano())
 	n := 0
-	for _, until := range s.base.until {
-		if until > at {
+	for row, until := range s.base.until {
+		if until > at && s.base.id[row] < FirstLocal {
 			n++
 		}
 	}
 	for _, row := range s.gone {
-		if s.base.until[row] > at {
+		if s.base.until[row] > at && s.base.id[row] < FirstLocal {
 			n--
 		}
 	}
-	for _, until := range s.four.until {
-		if until > at {
+	for i, until := range s.four.until {
+		if until > at && s.four.id[i] < FirstLocal {
 			n++
 		}
 	}
-	for _, until := range s.six.until {
-		if until > at {
+	for i, until := range s.six.until {
+		if until > at && s.six.id[i] < FirstLocal {
 			n++
 		}
 	}
