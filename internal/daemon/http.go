@@ -32,6 +32,7 @@ type Endpoints struct {
 
 // Server serves Endpoints. Make it with Listen; it is a Task.
 type Server struct {
+	name     string
 	listener net.Listener
 	server   *http.Server
 }
@@ -43,6 +44,9 @@ const (
 	writeTimeout = 30 * time.Second
 	idleTimeout  = 2 * time.Minute
 	headerLimit  = 16 << 10
+	// handedOn is what a proxy may hand on of its client's headers, cookies
+	// among them: more than browsers and servers let through.
+	handedOn = 128 << 10
 	// lastAnswers is how long answers may take once the process is to end.
 	lastAnswers = 3 * time.Second
 )
@@ -54,18 +58,33 @@ func Listen(addr netip.AddrPort, endpoints Endpoints) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics and health: %w", err)
 	}
+	return serverOf("http", listener, endpoints.handler(), writeTimeout, headerLimit, endpoints.Log), nil
+}
+
+// ListenFor is Listen for one handler that proxies ask about their clients'
+// requests, in answers that are small and quick. name is the task's.
+func ListenFor(addr netip.AddrPort, name string, handler http.Handler, log *slog.Logger) (*Server, error) {
+	listener, err := net.Listen("tcp", addr.String())
+	if err != nil {
+		return nil, fmt.Errorf("serve %s: %w", name, err)
+	}
+	return serverOf(name, listener, contain(handler, log), readTimeout, handedOn, log), nil
+}
+
+func serverOf(name string, listener net.Listener, handler http.Handler, write time.Duration, headers int, log *slog.Logger) *Server {
 	return &Server{
+		name:     name,
 		listener: listener,
 		server: &http.Server{
-			Handler:           endpoints.handler(),
+			Handler:           handler,
 			ReadHeaderTimeout: readTimeout,
 			ReadTimeout:       readTimeout,
-			WriteTimeout:      writeTimeout,
+			WriteTimeout:      write,
 			IdleTimeout:       idleTimeout,
-			MaxHeaderBytes:    headerLimit,
-			ErrorLog:          slog.NewLogLogger(endpoints.Log.Handler(), slog.LevelDebug),
+			MaxHeaderBytes:    headers,
+			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		},
-	}, nil
+	}
 }
 
 // Addr is the address that is served, with the port that was found for port 0.
@@ -74,7 +93,7 @@ func (s *Server) Addr() netip.AddrPort {
 }
 
 // String names the server.
-func (s *Server) String() string { return "http" }
+func (s *Server) String() string { return s.name }
 
 // Run serves until ctx ends, then lets answers under way come to their end.
 func (s *Server) Run(ctx context.Context) error {
@@ -121,7 +140,7 @@ func (e *Endpoints) handler() http.Handler {
 	for pattern, handler := range e.Routes {
 		mux.Handle(pattern, handler)
 	}
-	return e.contain(mux)
+	return contain(mux, e.Log)
 }
 
 // answer says ok, or what is missing.
@@ -137,13 +156,13 @@ func answer(w http.ResponseWriter, err error) {
 
 // contain makes a panic a log line and an answer: net/http would contain it
 // too, but cut the connection and write outside our log's form.
-func (e *Endpoints) contain(next http.Handler) http.Handler {
+func contain(next http.Handler, log *slog.Logger) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer func() {
 			if v := recover(); v == http.ErrAbortHandler {
 				panic(v) // meant to cut the connection
 			} else if v != nil {
-				e.Log.Error("handler panicked", "component", "http", "path", r.URL.Path, "err", fmt.Sprint(v))
+				log.Error("handler panicked", "component", "http", "path", r.URL.Path, "err", fmt.Sprint(v))
 				http.Error(w, "internal error", http.StatusInternalServerError)
 			}
 		}()

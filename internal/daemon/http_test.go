@@ -149,6 +149,51 @@ func TestTakenAddress(t *testing.T) {
 }
 
 // TestLostListener: a server that can no longer serve must end the process.
+// TestListenForProxies: one handler, alone, for requests that carry what a
+// browser sent, within bounds.
+func TestListenForProxies(t *testing.T) {
+	var logged bytes.Buffer
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/panic" {
+			panic("oh")
+		}
+	})
+	s, err := ListenFor(netip.MustParseAddrPort("127.0.0.1:0"), "auth", handler, slog.New(slog.NewTextHandler(&logged, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ListenFor(s.Addr(), "auth", handler, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "serve auth: ") {
+		t.Errorf("an address that is taken: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	for path, want := range map[string]int{"/": 200, "/metrics": 200, "/panic": 500} {
+		if status, _, _ := get(t, "GET", "http://"+s.Addr().String()+path); status != want {
+			t.Errorf("%s: %d, want %d", path, status, want)
+		}
+	}
+	for size, want := range map[int]int{100 << 10: 200, 200 << 10: 431} {
+		req, err := http.NewRequest("GET", "http://"+s.Addr().String(), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Cookie", strings.Repeat("c", size))
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode != want {
+			t.Errorf("%d bytes of headers: %d, want %d", size, res.StatusCode, want)
+		}
+	}
+	cancel()
+	if err := <-ended; err != nil || s.String() != "auth" || !strings.Contains(logged.String(), "handler panicked") {
+		t.Errorf("%v, %s, %s", err, s, logged.String())
+	}
+}
+
 func TestLostListener(t *testing.T) {
 	s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.DiscardHandler)))
 	if err != nil {
