@@ -1,5 +1,5 @@
 // Command tools builds the real tools that the suites, the demo and the
-// benchmark run: Traefik, CrowdSec, Yaegi and the linters. It sees to the Debian
+// benchmark run: Traefik, CrowdSec, Yaegi and the linters; nginx it fetches. It sees to the Debian
 // packages that the builds need, says what it builds and about how long that
 // takes, and does nothing for what the cache already holds.
 //
@@ -52,6 +52,13 @@ func run(ctx context.Context, names []string) error {
 	// The race detector needs the compiler too, even where no tool is missing.
 	if err := installPackages(ctx); err != nil {
 		return err
+	}
+	if len(names) == 0 {
+		dir, version, err := rig.Debian(ctx, "nginx")
+		if err != nil {
+			return err
+		}
+		fmt.Printf("tools: nginx %s of Debian is cached: %s\n", version, dir)
 	}
 	if len(missing) == 0 {
 		return nil

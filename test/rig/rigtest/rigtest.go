@@ -6,6 +6,7 @@ package rigtest
 
 import (
 	"context"
+	"path/filepath"
 	"testing"
 
 	"github.com/edgeward/edgeward/test/rig"
@@ -56,6 +57,16 @@ func FakeLAPI(t testing.TB) *rig.FakeLAPI {
 		t.Fatal(err)
 	}
 	return f
+}
+
+// Nginx returns the path of Debian's nginx, which is downloaded if it must be.
+func Nginx(t testing.TB) string {
+	t.Helper()
+	dir, _, err := rig.Debian(t.Context(), "nginx")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, "usr", "sbin", "nginx")
 }
 
 // Tool returns the path of a built tool.
