@@ -1,8 +1,8 @@
 // Package bouncer enforces CrowdSec's bans in the kernel of one node. It follows
-// LAPI's decision stream into internal/decision's Store, writes what the store
-// holds into the nftables table of internal/nft, and sees to it that the kernel
-// goes on holding it: through restarts, foreign firewall reloads and a LAPI that
-// is away.
+// LAPI's decision stream, and files of addresses beside it or in its place, into
+// internal/decision's Store, writes what the store holds into the nftables table
+// of internal/nft, and sees to it that the kernel goes on holding it: through
+// restarts, foreign firewall reloads and a LAPI that is away.
 //
 // The way of a ban:
 //
@@ -20,6 +20,9 @@
 //
 // What the operator orders (allow, unban, pause) lies over all that as waivers,
 // which the kernel itself ends at their time, agent or no agent.
+//
+// Proxies may ask Auth about their clients: it answers from the same table, and
+// believes trusted proxies alone on who a client is.
 //
 // It never removes protection when it ends; Cleanup does, and only when asked.
 // It decides nothing about decisions that internal/decision does not say, knows

@@ -16,12 +16,15 @@ import (
 
 // Config is bouncer.yaml. Load returns one that has been checked.
 type Config struct {
-	LAPI crowdsec.Config `yaml:"lapi"`
+	// LAPI may be left out where there are lists.
+	LAPI  crowdsec.Config `yaml:"lapi"`
+	Lists []ListConfig    `yaml:"lists"`
 	// Mode is enforce, or observe: count what would be dropped, drop nothing.
 	Mode      Mode            `yaml:"mode"`
 	Decisions DecisionsConfig `yaml:"decisions"`
 	Protect   ProtectConfig   `yaml:"protect"`
 	Firewall  FirewallConfig  `yaml:"firewall"`
+	Auth      AuthConfig      `yaml:"auth"`
 	// Listen is where /metrics, /healthz, /readyz and /v1/status are served.
 	Listen netip.AddrPort `yaml:"listen"`
 	// Socket is where the command line asks the agent; empty for nowhere.
@@ -212,6 +215,7 @@ func Defaults() Config {
 		Listen:    netip.MustParseAddrPort("127.0.0.1:9477"),
 		Socket:    "/run/edgeward/bouncer.sock",
 		StateDir:  "/var/lib/edgeward",
+		Auth:      AuthConfig{Remediations: []Remediation{"ban", "captcha"}},
 		LogFormat: "json",
 	}
 }
@@ -228,7 +232,10 @@ func Parse(name string, text []byte) (Config, error) {
 
 // check reports what does not fit together.
 func (c *Config) check(check *config.Check) {
-	c.LAPI.Check(check, "lapi")
+	c.checkLists(check)
+	if check.Has("lapi") || len(c.Lists) == 0 {
+		c.LAPI.Check(check, "lapi")
+	}
 	if len(c.Decisions.Remediations) == 0 {
 		check.Fail("decisions.remediations", "is empty: nothing would be enforced; leave it out to enforce bans")
 	}
@@ -240,6 +247,7 @@ func (c *Config) check(check *config.Check) {
 	if !c.Listen.IsValid() || c.Listen.Port() == 0 {
 		check.Fail("listen", "want an address and a port such as 127.0.0.1:9477")
 	}
+	c.Auth.check(check)
 	for key, path := range map[string]string{"socket": c.Socket, "stateDir": c.StateDir} {
 		if path != "" && !filepath.IsAbs(path) {
 			check.Fail(key, "%q: want an absolute path", path)
@@ -287,13 +295,18 @@ func (c *Config) nft() nft.Config {
 // enforced reports whether decisions of a class are for the kernel, and if not,
 // why.
 func (c *Config) enforced(class decision.Class) (bool, string) {
+	return c.counts(class, c.Decisions.Remediations)
+}
+
+// counts reports whether decisions of a class count where these remediations do.
+func (c *Config) counts(class decision.Class, remediations []Remediation) (bool, string) {
 	d := c.Decisions
 	means := class.Remediation
 	if means == decision.Unknown {
 		means, _ = decision.ParseFallback(string(d.Fallback))
 	}
 	switch {
-	case !slices.Contains(d.Remediations, Remediation(means.Name())):
+	case !slices.Contains(remediations, Remediation(means.Name())):
 		return false, "left to the upper layers: " + means.Name()
 	case len(d.Origins) > 0 && !originIn(class.Origin, d.Origins), originIn(class.Origin, d.ExceptOrigins):
 		return false, "its origin is left out by configuration"
@@ -303,13 +316,18 @@ func (c *Config) enforced(class decision.Class) (bool, string) {
 	return true, ""
 }
 
-// policy is how c reads tables; local leaves out what others decided.
+// policy is how the kernel reads tables; local leaves out what others decided.
 func (c *Config) policy(local bool) decision.Policy {
+	return c.policyFor(c.Decisions.Remediations, local)
+}
+
+// policyFor is how tables are read where these remediations count.
+func (c *Config) policyFor(remediations []Remediation, local bool) decision.Policy {
 	fallback, _ := decision.ParseFallback(string(c.Decisions.Fallback)) // one of the words
 	return decision.Policy{
 		Fallback: fallback,
 		Accept: func(class decision.Class) bool {
-			ok, _ := c.enforced(class)
+			ok, _ := c.counts(class, remediations)
 			return ok && !(local && foreign(class.Origin))
 		},
 	}

@@ -59,22 +59,35 @@ func TestConfigSaysWhatIsWrong(t *testing.T) {
 		"":                             `lapi.url: is missing`,
 		lapiSection + "mode: blocc":    `mode: "blocc": want enforce or observe`,
 		lapiSection + "modus: observe": `unknown key "modus": did you mean "mode"?`,
-		lapiSection + "decisions: {remediations: []}":                          `decisions.remediations: is empty`,
-		lapiSection + "decisions: {remediations: [bann]}":                      `want ban, captcha or throttle`,
-		lapiSection + "decisions: {fallback: drop}":                            `want ban, captcha or ignore`,
-		lapiSection + "protect: {addresses: [0.0.0.0/0]}":                      `protects everybody`,
-		lapiSection + "protect: {addresses: [lan]}":                            `want a range such as`,
-		lapiSection + "firewall: {points: [ingress]}":                          `want prerouting, input or forward`,
-		lapiSection + "firewall: {action: deny}":                               `want drop or reject`,
-		lapiSection + "firewall: {replies: no}":                                `want keep or drop`,
-		lapiSection + "firewall: {priority: -250}":                             `firewall: priority -250 is not after connection tracking`,
-		lapiSection + "firewall: {exempt: [\"a*b\"]}":                          `no interface is called`,
-		lapiSection + "firewall: {locks: [{name: x, from: [cloudflare]}]}":     `lock "x" has no ports`,
-		lapiSection + "firewall: {locks: [{name: x, ports: [80], from: [a]}]}": `want an address, a range, or cloudflare or private`,
-		lapiSection + "socket: bouncer.sock":                                   `want an absolute path`,
-		lapiSection + "stateDir: state":                                        `want an absolute path`,
-		lapiSection + "listen: 127.0.0.1:0":                                    `listen: `,
-		lapiSection + "logFormat: xml":                                         `want json or text`,
+		lapiSection + "decisions: {remediations: []}":                                           `decisions.remediations: is empty`,
+		lapiSection + "decisions: {remediations: [bann]}":                                       `want ban, captcha or throttle`,
+		lapiSection + "decisions: {fallback: drop}":                                             `want ban, captcha or ignore`,
+		lapiSection + "protect: {addresses: [0.0.0.0/0]}":                                       `protects everybody`,
+		lapiSection + "protect: {addresses: [lan]}":                                             `want a range such as`,
+		lapiSection + "firewall: {points: [ingress]}":                                           `want prerouting, input or forward`,
+		lapiSection + "firewall: {action: deny}":                                                `want drop or reject`,
+		lapiSection + "firewall: {replies: no}":                                                 `want keep or drop`,
+		lapiSection + "firewall: {priority: -250}":                                              `firewall: priority -250 is not after connection tracking`,
+		lapiSection + "firewall: {exempt: [\"a*b\"]}":                                           `no interface is called`,
+		lapiSection + "firewall: {locks: [{name: x, from: [cloudflare]}]}":                      `lock "x" has no ports`,
+		lapiSection + "firewall: {locks: [{name: x, ports: [80], from: [a]}]}":                  `want an address, a range, or cloudflare or private`,
+		lapiSection + "socket: bouncer.sock":                                                    `want an absolute path`,
+		lapiSection + "stateDir: state":                                                         `want an absolute path`,
+		lapiSection + "listen: 127.0.0.1:0":                                                     `listen: `,
+		"lists: [{name: a, path: lists/a}]":                                                     `lists[0].path: "lists/a": want the absolute path of a file`,
+		"lists: [{name: a/b, path: /a}]":                                                        `lists[0].name: "a/b": want letters, digits`,
+		"lists: [{path: /a}]":                                                                   `lists[0].name: "": want letters, digits`,
+		"lists: [{name: a, path: /a}, {name: a, path: /b}]":                                     `lists[1].name: "a": another list has this name`,
+		"lists: [{name: a, path: /a, remediation: drop}]":                                       `want ban, captcha or throttle`,
+		"lists: [{name: a, path: /a}]\nlapi: {keyFile: /k}":                                     `lapi.url: is missing`,
+		lapiSection + "auth: {trustedProxies: [10.42.0.0/16]}":                                  `auth.listen: is missing`,
+		lapiSection + "auth: {listen: 10.0.0.1:9478}":                                           `auth.trustedProxies: is missing`,
+		lapiSection + "auth: {listen: 10.0.0.1:0, trustedProxies: [private]}":                   `auth.listen: `,
+		lapiSection + "auth: {listen: 10.0.0.1:1, trustedProxies: [0.0.0.0/0]}":                 `auth.trustedProxies[0]: trusts everybody`,
+		lapiSection + "auth: {listen: 10.0.0.1:1, trustedProxies: [lan]}":                       `want an address, a range, or cloudflare or private`,
+		lapiSection + "auth: {listen: 10.0.0.1:1, trustedProxies: [private], header: \"a b\"}":  `auth.header: "a b" is not the name of a header`,
+		lapiSection + "auth: {listen: 10.0.0.1:1, trustedProxies: [private], remediations: []}": `auth.remediations: is empty`,
+		lapiSection + "logFormat: xml":                                                          `want json or text`,
 	} {
 		_, err := Parse("bouncer.yaml", []byte(text))
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -119,5 +132,17 @@ decisions:
 	}
 	if got := originOf(decision.Class{Origin: "lists", Scenario: "firehol"}); got != "lists:firehol" {
 		t.Error(got)
+	}
+}
+
+// TestListsStandInForLAPI: either is enough.
+func TestListsStandInForLAPI(t *testing.T) {
+	c, err := Parse("bouncer.yaml", []byte("lists: [{name: mine, path: /etc/edgeward/lists/mine.netset}, {name: x, path: /x, remediation: captcha}]"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []ListConfig{{"mine", "/etc/edgeward/lists/mine.netset", "ban"}, {"x", "/x", "captcha"}}
+	if d := cmp.Diff(want, c.Lists); d != "" || c.hasLAPI() {
+		t.Error(d, c.hasLAPI())
 	}
 }

@@ -41,6 +41,9 @@ type reading struct {
 	guarded   zone // of protected
 	private   zone // where only local decisions count
 	watched   zone // both
+
+	// What the auth endpoint refuses, and that without what others decided.
+	refused, refusedLocal *decision.View
 }
 
 // place calls visit for what the kernel is to hold because h is held: h itself,
@@ -85,6 +88,7 @@ type enforcer struct {
 	reading  atomic.Pointer[reading]
 	covering atomic.Pointer[[]Covered]
 	orders   atomic.Pointer[Orders]
+	known    atomic.Bool // reading is what LAPI, a snapshot or the lists said
 
 	mu        sync.Mutex // held by whoever writes to the kernel
 	installed bool       // the kernel holds reading, as far as we know
@@ -103,6 +107,7 @@ type enforcer struct {
 	looked    time.Time // when it was last looked at
 	jumped    bool      // the clock jumped, and no full pull has come since
 	held      int       // elements and ranges at the last look, -1 if not known
+	lent      time.Time // when the oldest lease began, zero: there is none
 	told      time.Time // when interference was last logged
 	probed    time.Time // when a test ban was last written
 	stoodDown bool      // the operator asked for cleanup
@@ -160,6 +165,8 @@ func (e *enforcer) read(r *reading, t *decision.Table) *reading {
 	if r.all == nil || !r.all.Reads(t) {
 		next.all = decision.NewView(t, e.config.policy(false))
 		next.local = decision.NewView(t, e.config.policy(true))
+		next.refused = decision.NewView(t, e.config.policyFor(e.config.Auth.Remediations, false))
+		next.refusedLocal = decision.NewView(t, e.config.policyFor(e.config.Auth.Remediations, true))
 	}
 	return &next
 }
@@ -188,7 +195,21 @@ func (e *enforcer) recall(t *decision.Table) {
 	defer e.mu.Unlock()
 	e.reading.Store(e.read(e.reading.Load(), t))
 	e.fed = true
+	e.known.Store(true)
 	e.note(func(r *report) { r.Fed = true })
+}
+
+// join is follow for local decisions: alone they are no reason to replace what a
+// predecessor enforces, which may hold LAPI's bans besides. Until there is a
+// better one they wait, or go in with the next look where nothing is enforced.
+func (e *enforcer) join(t *decision.Table, touched []netip.Prefix, full bool) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.installed {
+		e.reading.Store(e.read(e.reading.Load(), t))
+		return nil
+	}
+	return e.bring(t, touched, full)
 }
 
 // follow makes the kernel hold t instead of the table before. touched are the
@@ -196,15 +217,23 @@ func (e *enforcer) recall(t *decision.Table) {
 func (e *enforcer) follow(t *decision.Table, touched []netip.Prefix, full bool) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.fed = true
+	e.known.Store(true)
+	e.note(func(r *report) { r.Fed = true })
+	if full {
+		e.jumped = false
+	}
+	return e.bring(t, touched, full)
+}
+
+// bring makes the kernel hold t.
+func (e *enforcer) bring(t *decision.Table, touched []netip.Prefix, full bool) error {
 	old := e.reading.Load()
 	r := e.read(old, t)
 	e.reading.Store(r)
-	e.fed = true
-	e.note(func(r *report) { r.Fed = true })
 	defer e.review() // with what follows written
 	now := e.now()
 	if full {
-		e.jumped = false
 		clear(e.memo) // of classes that may be gone
 	}
 	if !e.installed {
@@ -447,6 +476,7 @@ func (e *enforcer) install(why string) error {
 		},
 	}
 	start := time.Now()
+	e.lent = time.Time{}
 	err := e.kernel.Install(e.rules, content)
 	took := time.Since(start)
 	e.installed = err == nil
@@ -541,11 +571,26 @@ func (e *enforcer) mark(c decision.Class, means decision.Remediation) uint32 {
 }
 
 func (e *enforcer) element(h decision.Held, now time.Time) nft.Element {
-	return nft.Element{Addr: h.Prefix.Addr(), Class: e.mark(h.Class, h.Remediation), Timeout: h.Until.Sub(now)}
+	return nft.Element{Addr: h.Prefix.Addr(), Class: e.mark(h.Class, h.Remediation), Timeout: e.timeout(h.Until, now)}
 }
 
 func (e *enforcer) rangeOf(s span, now time.Time) nft.Range {
-	return nft.Range{From: s.from, To: s.to, Class: e.mark(s.class, s.class.Remediation), Timeout: s.until.Sub(now)}
+	return nft.Range{From: s.from, To: s.to, Class: e.mark(s.class, s.class.Remediation), Timeout: e.timeout(s.until, now)}
+}
+
+// lease is how long the kernel holds at a time what has no end. It is renewed
+// while the agent lives, half of it before it runs out.
+const lease = 24 * time.Hour
+
+// timeout is how long the kernel is to hold what ends at until.
+func (e *enforcer) timeout(until, now time.Time) time.Duration {
+	if until.Before(decision.Forever) {
+		return until.Sub(now)
+	}
+	if e.lent.IsZero() {
+		e.lent = now
+	}
+	return lease
 }
 
 // saw takes in that somebody else changed the ruleset of this machine.
@@ -599,6 +644,9 @@ func (e *enforcer) verify() error {
 	}
 	if !have.Intact {
 		return e.repair(event, "another program changed the table")
+	}
+	if !e.lent.IsZero() && now.Sub(e.lent) > lease/2 {
+		return e.install("what has no end is held for another day")
 	}
 	total := max(have.Bans4, 0) + max(have.Bans6, 0) + max(have.Nets4, 0) + max(have.Nets6, 0)
 	fell := e.held >= 0 && total < e.held-e.held/100-16
@@ -710,7 +758,11 @@ func (e *enforcer) compare(have nft.Have, now time.Time) (string, error) {
 		return "", fmt.Errorf("sample what the kernel holds: %w", err)
 	}
 	for i, f := range found {
-		if left := until[i].Sub(e.now()); !f.Banned() || f.Left < left-10*time.Second {
+		left := until[i].Sub(e.now())
+		if !until[i].Before(decision.Forever) {
+			left = e.lent.Add(lease).Sub(e.now())
+		}
+		if !f.Banned() || f.Left < left-10*time.Second {
 			return fmt.Sprintf("%v is banned for another %v there, not %v", addrs[i], f.Left.Round(time.Second), left.Round(time.Second)), nil
 		}
 	}

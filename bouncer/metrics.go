@@ -38,6 +38,13 @@ var (
 	descMode       = desc("edgeward_mode", "1 for the mode that is on.", "mode")
 	descOrders     = desc("edgeward_orders", "Orders of the operator in force.", "order")
 	descStoodDown  = desc("edgeward_stood_down", "1 if cleanup was asked for, and nothing is enforced until the agent is restarted.")
+	descList       = desc("edgeward_list_entries", "Addresses and ranges that a list holds.", "list")
+	descListBad    = desc("edgeward_list_unreadable_lines", "Lines of a list, as it was last read, that are neither an address nor a range.", "list")
+	descListRead   = desc("edgeward_list_read_timestamp_seconds", "When a list was last read whole.", "list")
+	descListStale  = desc("edgeward_list_stale", "1 where a list cannot be used as it is and counts as it was.", "list")
+	descAuth       = desc("edgeward_auth_requests_total", "Requests that proxies asked about, by what they were told.", "verdict")
+	descRefused    = desc("edgeward_auth_refused_total", "Requests that proxies were told to refuse.", byOrigin...)
+	descWouldbe    = desc("edgeward_auth_observed_total", "Requests that proxies would have been told to refuse if the mode were not observe.", byOrigin...)
 	descLastChange = desc("edgeward_kernel_last_write_seconds", "What the last write to the kernel took.")
 )
 
@@ -58,6 +65,7 @@ func (c collector) Describe(ch chan<- *prometheus.Desc) {
 		descLocked, descStray, descElements, descIntact, descLooked, descWrites, descFailures, descRepairs, descMeddling,
 		descPulls, descDoubts, descPulled, descSkipped, descCovered, descMode, descLastChange,
 		descWaived, descOrders, descStoodDown,
+		descList, descListBad, descListRead, descListStale, descAuth, descRefused, descWouldbe,
 	} {
 		ch <- d
 	}
@@ -72,9 +80,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	count := func(d *prometheus.Desc, v uint64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
 	}
-	stamp := func(d *prometheus.Desc, t time.Time) {
+	stamp := func(d *prometheus.Desc, t time.Time, labels ...string) {
 		if !t.IsZero() {
-			gauge(d, float64(t.UnixMilli())/1000)
+			gauge(d, float64(t.UnixMilli())/1000, labels...)
 		}
 	}
 	truth := map[bool]float64{true: 1}
@@ -134,6 +142,24 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descOrders, float64(len(orders.Allows)), "allow")
 	gauge(descOrders, float64(len(orders.Unbans)), "unban")
 	gauge(descOrders, truth[orders.Pause != nil], "pause")
+
+	for _, l := range b.listStatus() {
+		gauge(descList, float64(l.Entries), l.Name)
+		gauge(descListBad, float64(l.Unreadable), l.Name)
+		stamp(descListRead, l.Read, l.Name)
+		gauge(descListStale, truth[l.Error != ""], l.Name)
+	}
+
+	if b.config.Auth.Listen.IsValid() {
+		for verdict, n := range b.auth.counts() {
+			count(descAuth, n, verdict)
+		}
+		refused := descRefused
+		if b.config.Mode == Observe {
+			refused = descWouldbe
+		}
+		b.auth.eachRefused(func(o offence, n uint64) { count(refused, n, o.origin, o.remediation, o.ipType) })
+	}
 
 	b.mu.Lock()
 	defer b.mu.Unlock()

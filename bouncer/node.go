@@ -27,14 +27,21 @@ type Bouncer struct {
 	enforcer *enforcer
 	guard    *guard
 	loop     *reconcile.Loop
+	auth     *auth
 	log      *slog.Logger
 	now      func() time.Time
 	began    time.Time
 
-	// Of the goroutine that feeds the Sink.
-	store *decision.Store
-	delta *decision.Delta
-	row   decision.Row
+	feeding sync.Mutex // held by whoever changes the store
+	store   *decision.Store
+	delta   *decision.Delta // the answer of LAPI that is coming in
+	row     decision.Row
+	local   int // the next local id
+	lists   []*list
+
+	listsFed bool          // of the goroutine that follows the lists
+	lookedAt sync.Once     // closes looked
+	looked   chan struct{} // closed once each list was looked at
 
 	mu      sync.Mutex
 	feed    feed
@@ -75,7 +82,7 @@ func newBouncer(c Config, k kernel, g *guard, now func() time.Time, log *slog.Lo
 	b := &Bouncer{
 		config: &c, kernel: k, guard: g, log: log.With("component", "bouncer"),
 		now: now, began: now(), store: decision.NewStore(),
-		feed: feed{Skipped: map[string]uint64{}},
+		feed: feed{Skipped: map[string]uint64{}}, looked: make(chan struct{}),
 	}
 	b.enforcer = newEnforcer(k, &c, b.now, log)
 	orders, err := loadOrders(c.StateDir, b.now())
@@ -94,11 +101,13 @@ func newBouncer(c Config, k kernel, g *guard, now func() time.Time, log *slog.Lo
 			b.enforcer.recall(b.store.Compile())
 			b.log.Info("decisions read from the snapshot", "count", rows, "written", written)
 		case errors.Is(err, os.ErrNotExist):
-			b.log.Info("no snapshot yet, nothing is known until LAPI answers")
+			b.log.Info("no snapshot yet, nothing is known until decisions arrive")
 		default:
-			b.log.Warn("cannot use the snapshot, nothing is known until LAPI answers", "err", err)
+			b.log.Warn("cannot use the snapshot, nothing is known until decisions arrive", "err", err)
 		}
 	}
+	b.openLists()
+	b.auth = newAuth(&c, b.enforcer, b.now, log)
 	return b, nil
 }
 
@@ -108,6 +117,7 @@ func (b *Bouncer) String() string { return "bouncer" }
 // Run keeps the kernel in step until ctx ends, leaves there what it holds, and
 // saves the decisions.
 func (b *Bouncer) Run(ctx context.Context) error {
+	defer b.seenLists() // whatever happens, LAPI's answers wait for it
 	events, err := b.kernel.Watch(ctx)
 	if err != nil {
 		return fmt.Errorf("watch for foreign changes: %w", err)
@@ -122,8 +132,14 @@ func (b *Bouncer) Run(ctx context.Context) error {
 	}()
 	// What is protected has to be known before anything is banned.
 	b.protect(ctx)
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		b.followLists(ctx)
+	}()
 	err = b.loop.Run(ctx)
 	<-done
+	<-read
 	b.save(true)
 	return err
 }
@@ -153,8 +169,14 @@ func (b *Bouncer) protect(ctx context.Context) error {
 // Sink takes in the decision stream.
 func (b *Bouncer) Sink() lapi.Sink {
 	return lapi.Sink{
-		Begin: func(full bool, at time.Time) { b.delta = b.store.NewDelta(full, at) },
+		Begin: func(full bool, at time.Time) {
+			b.feeding.Lock()
+			defer b.feeding.Unlock()
+			b.delta = b.store.NewDelta(full, at)
+		},
 		Add: func(r *lapi.Row) {
+			b.feeding.Lock()
+			defer b.feeding.Unlock()
 			b.row = decision.Row(*r)
 			b.delta.Add(&b.row)
 		},
@@ -166,6 +188,10 @@ func (b *Bouncer) Sink() lapi.Sink {
 
 // commit applies the answer that has arrived whole.
 func (b *Bouncer) commit() (doubt bool) {
+	// What a predecessor enforces gives way to LAPI and lists together.
+	<-b.looked
+	b.feeding.Lock()
+	defer b.feeding.Unlock()
 	now := b.now()
 	d := b.delta
 	b.delta = nil
@@ -225,7 +251,7 @@ func (b *Bouncer) save(last bool) {
 	feed, saved := b.feed, b.saved
 	b.mu.Unlock()
 	now := b.now()
-	if feed.Fulls == 0 || !feed.changed.After(saved.At) || !last && now.Sub(saved.At) < saveInterval {
+	if feed.Fulls == 0 && b.config.hasLAPI() || !feed.changed.After(saved.At) || !last && now.Sub(saved.At) < saveInterval {
 		return
 	}
 	rows, err := saveSnapshot(b.config.StateDir, b.enforcer.reading.Load().table, now)
@@ -241,9 +267,14 @@ func (b *Bouncer) save(last bool) {
 // snapshot, tells of; otherwise why not.
 func (b *Bouncer) Ready() error {
 	r := b.enforcer.stands()
+	if err := b.listsKnown(); err != nil {
+		return err
+	}
 	switch {
 	case r.StoodDown:
 		return errStoodDown
+	case !r.Fed && !b.config.hasLAPI():
+		return errors.New("no decisions yet: the lists are not in force")
 	case !r.Fed:
 		return errors.New("no decisions yet: LAPI has not answered and there is no snapshot")
 	case r.Err != nil:
@@ -281,6 +312,7 @@ func (b *Bouncer) Totals() (crowdsec.Totals, error) {
 		s.Unit = crowdsec.Byte
 		out[s] += c.Bytes
 	}
+	b.auth.totals(out)
 	for _, d := range b.tally() {
 		if d.Enforced {
 			out[crowdsec.Series{Name: crowdsec.ActiveDecisions, Unit: crowdsec.IP, Origin: d.Origin, Remediation: d.Remediation, IPType: d.IPType}] += uint64(d.Count)

@@ -24,7 +24,7 @@ import (
 //	length of its address, 4 or 16    1 byte
 //	length of its prefix              1 byte
 //	address                           4 or 16 bytes
-//	id, end in ms after the writing, number of its class
+//	id, end in ms after the writing (endless for none), number of its class
 //
 // the last three as varints. A number of a class that is one higher than all so
 // far is followed by its type, origin and scenario, each with its length before
@@ -37,6 +37,8 @@ const snapshotHead = "edgeward decisions 1\n"
 const (
 	snapshotLimit = 2 << 30
 	textLimit     = 1 << 16
+	centuries     = 1 << 44 // in ms
+	endless       = centuries / 2
 )
 
 var errSnapshot = errors.New("not a snapshot, or a damaged one")
@@ -52,7 +54,11 @@ func writeSnapshot(w io.Writer, t *decision.Table, now time.Time) (rows int, err
 		buf = append(buf, byte(len(addr)), byte(p.Bits()))
 		buf = append(buf, addr...)
 		buf = binary.AppendUvarint(buf, uint64(id))
-		buf = binary.AppendUvarint(buf, uint64(until.Sub(now).Milliseconds()))
+		left := uint64(endless)
+		if until.Before(decision.Forever) {
+			left = uint64(until.Sub(now).Milliseconds())
+		}
+		buf = binary.AppendUvarint(buf, left)
 		n, known := numbers[c]
 		if !known {
 			n = uint64(len(numbers))
@@ -113,7 +119,6 @@ func readSnapshot(data []byte, d *decision.Delta, now time.Time) (written time.T
 		}
 		return string(b)
 	}
-	const centuries = 1 << 44 // in ms
 	written = time.UnixMilli(int64(number(centuries)))
 	from := written
 	if now.Before(written) {
@@ -136,16 +141,17 @@ func readSnapshot(data []byte, d *decision.Delta, now time.Time) (written time.T
 		}
 		addr, _ := netip.AddrFromSlice(octets[1 : 1+length])
 		id := number(1<<62 - 1)
-		left := time.Duration(number(centuries/2)) * time.Millisecond
-		if left < 0 { // 292 years overflowed
-			left = 1<<63 - 1
+		left := number(endless)
+		until := from.Add(time.Duration(left) * time.Millisecond)
+		if left == endless || until.After(decision.Forever) {
+			until = decision.Forever
 		}
 		class := number(uint64(len(classes)))
 		if failed == nil && class == uint64(len(classes)) {
 			classes = append(classes, decision.Class{Type: text(), Origin: text(), Scenario: text()})
 		}
 		if failed == nil {
-			d.Hold(int(id), netip.PrefixFrom(addr, int(octets[0])), from.Add(left), classes[class])
+			d.Hold(int(id), netip.PrefixFrom(addr, int(octets[0])), until, classes[class])
 		}
 	}
 	return written, failed

@@ -22,6 +22,7 @@ type Status struct {
 	// Orders are what the operator asked for and what has not ended.
 	Orders Orders     `json:"orders"`
 	LAPI   LAPIStatus `json:"lapi"`
+	Lists  []List     `json:"lists,omitempty"`
 	Kernel Kernel     `json:"kernel"`
 	// Decisions are all live ones on addresses, enforced here or not.
 	Decisions []Count `json:"decisions"`
@@ -133,8 +134,9 @@ func (b *Bouncer) Status() Status {
 		Version: Version, Mode: b.config.Mode, Since: b.began, Ready: "yes",
 		LAPI: LAPIStatus{
 			URL: b.config.LAPI.URL, LastPull: feed.Last, LastFullPull: feed.LastFull,
-			Answering: b.now().Sub(feed.Last) < 3*b.config.LAPI.Interval+b.config.LAPI.Timeout,
+			Answering: b.config.hasLAPI() && b.now().Sub(feed.Last) < 3*b.config.LAPI.Interval+b.config.LAPI.Timeout,
 		},
+		Lists:     b.listStatus(),
 		Kernel:    kernelOf(report.Have),
 		StoodDown: report.StoodDown,
 		Orders:    b.enforcer.orders.Load().live(b.now()),
@@ -208,7 +210,7 @@ type Holder struct {
 	Type        string       `json:"type"`
 	Origin      string       `json:"origin"`
 	Scenario    string       `json:"scenario"`
-	Until       time.Time    `json:"until"`
+	Until       time.Time    `json:"until,omitzero"` // zero: as long as its list names it
 	Enforced    bool         `json:"enforced"`
 	// Because says why it is not enforced here.
 	Because string `json:"because,omitempty"`
@@ -235,11 +237,14 @@ func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
 	private := r.private.holds(single(addr))
 	fallback, _ := decision.ParseFallback(string(b.config.Decisions.Fallback))
 	every := decision.NewView(r.table, decision.Policy{Fallback: fallback})
-	banned := false
+	banned, lasts := false, false
 	for _, v := range every.Holders(r.table, addr, now) {
 		class := decision.Class{Type: v.Type, Origin: v.Origin, Scenario: v.Scenario, Remediation: v.Remediation}
 		h := Holder{ID: v.ID, Prefix: v.Prefix, Remediation: v.Remediation.Name(), Type: v.Type, Origin: originOf(class), Scenario: v.Scenario, Until: v.Until}
 		h.Enforced, h.Because = b.config.enforced(class)
+		if !v.Until.Before(decision.Forever) {
+			h.Until = time.Time{}
+		}
 		switch {
 		case w.Protected != "":
 			h.Enforced, h.Because = false, "the address is protected"
@@ -249,6 +254,7 @@ func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
 			h.Enforced, h.Because = false, "waived: "+w.Waived
 		}
 		banned = banned || h.Enforced
+		lasts = lasts || h.Enforced && h.Until.IsZero()
 		w.Decisions = append(w.Decisions, h)
 	}
 	found, err := b.kernel.Sample([]netip.Addr{addr})
@@ -263,6 +269,9 @@ func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
 		w.Kernel = &Held{From: f.From, To: f.To, Class: f.Name, Left: left}
 	}
 	w.Verdict, w.Says = verdict(w, banned, b.config.Mode)
+	if w.Verdict == "drop" && lasts {
+		w.Says = "its packets are dropped for as long as a list names it"
+	}
 	return w, nil
 }
 

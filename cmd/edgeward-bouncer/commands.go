@@ -124,6 +124,13 @@ func commands() *cobra.Command {
 // check says that the configuration is right, and what might be forgotten.
 func check(w io.Writer, path string, c *bouncer.Config, getenv func(string) string) error {
 	fmt.Fprintf(w, "%s: ok\n", path)
+	for _, l := range c.TryLists() {
+		if l.Error != "" {
+			fmt.Fprintf(w, "the list %s cannot be read as it is: %s\n", l.Name, l.Error)
+			continue
+		}
+		fmt.Fprintf(w, "the list %s has %d entries and %d lines that are none\n", l.Name, l.Entries, l.Unreadable)
+	}
 	// Nobody is let through for being connected: but whoever configures a
 	// firewall from afar should think of it.
 	if from, _, _ := strings.Cut(getenv("SSH_CLIENT"), " "); from != "" {
@@ -199,7 +206,15 @@ func statusTable(w io.Writer, s bouncer.Status) {
 	if !s.LAPI.Answering {
 		lapi = "not answering"
 	}
-	line("lapi", "%s, %s, last pull %s", s.LAPI.URL, lapi, ago(s.LAPI.LastPull))
+	if s.LAPI.URL != "" {
+		line("lapi", "%s, %s, last pull %s", s.LAPI.URL, lapi, ago(s.LAPI.LastPull))
+	}
+	for _, l := range s.Lists {
+		line("list", "%s, %d entries, %d unreadable lines, read %s", l.Name, l.Entries, l.Unreadable, ago(l.Read))
+		if l.Error != "" {
+			line("warning", "the list %s counts as it was: %s", l.Name, l.Error)
+		}
+	}
 	k := s.Kernel
 	held := "shared with others"
 	if k.Owner {
@@ -249,8 +264,11 @@ func whyTable(w io.Writer, y bouncer.Why) {
 		if !d.Enforced {
 			because = d.Because
 		}
-		fmt.Fprintf(w, "decision %d\t%v\t%s\t%s\t%s\tuntil %s\t%s\n", d.ID, d.Prefix, d.Remediation, d.Origin, d.Scenario,
-			d.Until.Format(time.DateTime), because)
+		until := "until " + d.Until.Format(time.DateTime)
+		if d.Until.IsZero() {
+			until = "as long as listed"
+		}
+		fmt.Fprintf(w, "decision %d\t%v\t%s\t%s\t%s\t%s\t%s\n", d.ID, d.Prefix, d.Remediation, d.Origin, d.Scenario, until, because)
 	}
 	if k := y.Kernel; k != nil {
 		what := k.From.String()

@@ -21,9 +21,7 @@ import (
 
 	"github.com/edgeward/edgeward/bouncer"
 	"github.com/edgeward/edgeward/internal/config"
-	"github.com/edgeward/edgeward/internal/crowdsec"
 	"github.com/edgeward/edgeward/internal/daemon"
-	"github.com/edgeward/edgeward/internal/lapi"
 	"github.com/edgeward/edgeward/internal/nft"
 )
 
@@ -46,15 +44,15 @@ func program(args []string) int {
 	return 1
 }
 
-// run is the agent: LAPI's stream goes into the bouncer, which keeps the kernel
-// in step; what the kernel counts goes back to LAPI and to whoever scrapes.
+// run is the agent: LAPI's stream and the lists go into the bouncer, which keeps
+// the kernel in step; what the kernel counts goes back to LAPI and to whoever
+// scrapes. Proxies may ask the same table about their clients.
 func run(ctx context.Context, c bouncer.Config) error {
 	start := time.Now()
 	log, err := daemon.NewLog(os.Stderr, string(c.LogFormat), os.Getenv)
 	if err != nil {
 		return err
 	}
-	agent := crowdsec.Agent{Type: "crowdsec-edgeward-nftables-bouncer", Version: bouncer.Version}
 	log.Info("starting", "version", daemon.Version().String(), "mode", string(c.Mode), "url", c.LAPI.URL)
 
 	kernel, err := open(ctx, nft.Options{Shared: c.Firewall.Shared}, log)
@@ -67,7 +65,7 @@ func run(ctx context.Context, c bouncer.Config) error {
 	if err != nil {
 		return err
 	}
-	from, err := crowdsec.New(c.LAPI, agent, log)
+	fed, err := follow(c, b, start, log)
 	if err != nil {
 		return err
 	}
@@ -79,7 +77,14 @@ func run(ctx context.Context, c bouncer.Config) error {
 	if err != nil {
 		return err
 	}
-	tasks := []daemon.Task{b, stream{from.Stream([]string{"ip", "range"}, b.Sink(), log)}, from.Usage(start, b.Totals), server}
+	tasks := append([]daemon.Task{b, server}, fed...)
+	if c.Auth.Listen.IsValid() {
+		auth, err := daemon.ListenFor(c.Auth.Listen, "auth endpoint", b.Auth(), log)
+		if err != nil {
+			return err
+		}
+		tasks = append(tasks, auth)
+	}
 	if c.Socket != "" {
 		// Bans matter more than questions about them.
 		if control, err := bouncer.ListenControl(c.Socket, b, log); err != nil {
@@ -89,16 +94,6 @@ func run(ctx context.Context, c bouncer.Config) error {
 		}
 	}
 	return daemon.Run(ctx, daemon.Options{Log: log}, tasks...)
-}
-
-// stream is LAPI's decision stream as a task.
-type stream struct{ *lapi.Stream }
-
-func (s stream) String() string { return "decision stream" }
-
-func (s stream) Run(ctx context.Context) error {
-	s.Stream.Run(ctx)
-	return nil
 }
 
 // ownerPatience is how long a predecessor may take to let go of the table.

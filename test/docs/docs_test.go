@@ -7,6 +7,7 @@ package docs
 
 import (
 	"context"
+	"encoding"
 	"fmt"
 	"net"
 	"net/http"
@@ -23,6 +24,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/edgeward/edgeward/bouncer"
 	"github.com/edgeward/edgeward/internal/bundle"
 	"github.com/edgeward/edgeward/plugin"
 	"github.com/edgeward/edgeward/test/rig"
@@ -38,6 +40,7 @@ type page struct {
 const (
 	readme     = "README.md"
 	pluginPage = "docs/plugin.md"
+	nodePage   = "docs/node.md"
 )
 
 // pages returns the README and what docs holds.
@@ -79,18 +82,18 @@ func named(t *testing.T, name string) (root, text string) {
 }
 
 // options lists the options of a section of the configuration by their paths,
-// such as rateLimits[].match.hosts.
-func options(section reflect.Type, at string) []string {
+// such as rateLimits[].match.hosts. tag is the key of the tag that names them.
+func options(tag string, section reflect.Type, at string) []string {
 	var names []string
 	for i := range section.NumField() {
-		name, _, _ := strings.Cut(section.Field(i).Tag.Get("json"), ",")
+		name, _, _ := strings.Cut(section.Field(i).Tag.Get(tag), ",")
 		typ := section.Field(i).Type
 		switch {
 		case name == "" || name == "-":
-		case typ.Kind() == reflect.Struct:
-			names = append(names, options(typ, at+name+".")...)
-		case typ.Kind() == reflect.Slice && typ.Elem().Kind() == reflect.Struct:
-			names = append(names, options(typ.Elem(), at+name+"[].")...)
+		case typ.Kind() == reflect.Struct && typ.NumMethod() == 0 && !reflect.PointerTo(typ).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()):
+			names = append(names, options(tag, typ, at+name+".")...)
+		case typ.Kind() == reflect.Slice && typ.Elem().Kind() == reflect.Struct && !reflect.PointerTo(typ.Elem()).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()):
+			names = append(names, options(tag, typ.Elem(), at+name+"[].")...)
 		default:
 			names = append(names, at+name)
 		}
@@ -98,22 +101,26 @@ func options(section reflect.Type, at string) []string {
 	return names
 }
 
-func TestTableListsExactlyTheOptions(t *testing.T) {
-	_, text := named(t, pluginPage)
-	_, text, _ = strings.Cut(text, "\n| option | default | meaning |\n")
-	table, _, _ := strings.Cut(text, "\n\n")
-	var listed []string
-	for line := range strings.Lines(table) {
-		cell, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
-		for _, match := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
-			listed = append(listed, match[1])
+func TestTablesListExactlyTheOptions(t *testing.T) {
+	for name, exist := range map[string][]string{
+		pluginPage: options("json", reflect.TypeFor[plugin.Config](), ""),
+		nodePage:   options("yaml", reflect.TypeFor[bouncer.Config](), ""),
+	} {
+		_, text := named(t, name)
+		_, text, _ = strings.Cut(text, "\n| option | default | meaning |\n")
+		table, _, _ := strings.Cut(text, "\n\n")
+		var listed []string
+		for line := range strings.Lines(table) {
+			cell, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
+			for _, match := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+				listed = append(listed, match[1])
+			}
 		}
-	}
-	exist := options(reflect.TypeFor[plugin.Config](), "")
-	slices.Sort(listed)
-	slices.Sort(exist)
-	if diff := cmp.Diff(exist, listed); diff != "" {
-		t.Errorf("options that exist and options in the table (-exist +listed):\n%s", diff)
+		slices.Sort(listed)
+		slices.Sort(exist)
+		if diff := cmp.Diff(exist, listed); diff != "" {
+			t.Errorf("options that exist and options in the table of %s (-exist +listed):\n%s", name, diff)
+		}
 	}
 }
 
@@ -165,7 +172,7 @@ http:
     example:
 ` + indented(middleware, 6)
 	}
-	sections := options(reflect.TypeFor[plugin.Config](), "")
+	sections := options("json", reflect.TypeFor[plugin.Config](), "")
 	switch {
 	case e.has("http"):
 		return e.yaml, true
@@ -180,6 +187,33 @@ http:
 		return wrap("plugin:\n  edgeward:\n" + indented(e.yaml, 4)), true
 	}
 	return "", false
+}
+
+// node reports whether the example is a part of bouncer.yaml.
+func (e example) node() bool { return e.has("lists") || e.has("auth") || e.has("firewall") }
+
+func TestBouncerAcceptsItsExamples(t *testing.T) {
+	_, all := pages(t)
+	const lapi = "lapi: {url: http://127.0.0.1:8080, keyFile: /etc/edgeward/lapi-key}\n"
+	judged := 0
+	for _, p := range all {
+		for _, e := range examples(p.text) {
+			if !e.node() {
+				continue
+			}
+			judged++
+			// Lists need no LAPI.
+			if !e.has("lists") {
+				e.yaml = lapi + e.yaml
+			}
+			if _, err := bouncer.Parse(p.name, []byte(e.yaml)); err != nil {
+				t.Errorf("%s:%d: %v, for\n%s", p.name, e.line, err, e.yaml)
+			}
+		}
+	}
+	if judged < 3 {
+		t.Errorf("%d examples were found, want 3 or more", judged)
+	}
 }
 
 func indented(text string, by int) string {
@@ -253,6 +287,8 @@ func TestQuickStartServesASite(t *testing.T) {
 		switch {
 		case e.has("entryPoints"):
 			name = "static"
+		case e.node():
+			continue
 		case !e.has("http"):
 			if _, ok := e.dynamic(); !ok {
 				t.Errorf("README.md:%d: an example of no known kind, with %q at its top level", e.line, e.keys)

@@ -49,6 +49,7 @@ type world struct {
 	program      string
 	dir          string
 	extra        string // of the configuration
+	file         string // all of the configuration, where it is not the usual one
 }
 
 var build struct {
@@ -125,6 +126,9 @@ func (w *world) write(name, text string) string {
 
 // config writes the configuration and returns its path.
 func (w *world) config() string {
+	if w.file != "" {
+		return w.write("bouncer.yaml", w.file)
+	}
 	return w.write("bouncer.yaml", fmt.Sprintf("lapi:\n  url: unix://%s\n  keyFile: %s\n  interval: 1s\nsocket: %s\nstateDir: %s\n%s",
 		w.lapi.SocketPath, filepath.Join(w.dir, "key"), filepath.Join(w.dir, "bouncer.sock"), filepath.Join(w.dir, "state"), w.extra))
 }
