@@ -41,10 +41,6 @@ type block struct {
 func compile(four rows[int], six rows[string]) *block {
 	n4, n6 := len(four.key), len(six.key)
 	n := n4 + n6
-	ids := make([]int, 0, n)
-	ids = append(ids, four.id...)
-	ids = append(ids, six.id...)
-	byID := order4(ids)
 	b := &block{
 		id:     make([]int, n),
 		until:  make([]int, n),
@@ -54,8 +50,6 @@ func compile(four rows[int], six rows[string]) *block {
 		ids:    make([]int, n),
 		idRow:  make([]int32, n),
 	}
-	place := make([]int32, n) // row as it came → row in the block
-
 	order := order4(four.key)
 	lo := make([]int, 0, n4)
 	end := make([]int, 0, n4)
@@ -77,7 +71,6 @@ func compile(four rows[int], six rows[string]) *block {
 		b.id[to] = four.id[from]
 		b.until[to] = four.until[from]
 		b.class[to] = four.class[from]
-		place[from] = int32(to)
 	}
 	var parent []int32
 	b.bounds4, b.seg4, parent = flatten(lo, end, 0, 0)
@@ -105,15 +98,14 @@ func compile(four rows[int], six rows[string]) *block {
 		b.id[to] = six.id[from]
 		b.until[to] = six.until[from]
 		b.class[to] = six.class[from]
-		place[n4+from] = int32(to)
 	}
 	b.bounds6, b.seg6, parent = flatten(lo6, end6, "", len(b.key4))
 	b.parent = append(b.parent, parent...)
 	b.first = append(b.first, int32(n))
 
-	for i, from := range byID {
-		b.ids[i] = ids[from]
-		b.idRow[i] = place[from]
+	for i, row := range order4(b.id) {
+		b.ids[i] = b.id[row]
+		b.idRow[i] = int32(row)
 	}
 	return b
 }

@@ -13,6 +13,7 @@ type Held struct {
 	Prefix      netip.Prefix
 	Remediation Remediation // the strongest one live
 	Class       Class       // of the decision that asks for it
+	ClassUntil  time.Time   // when that one ends: before Until, if another goes on
 	Until       time.Time   // when the last decision that counts ends
 }
 
@@ -77,7 +78,8 @@ func EachChange(was *View, old *Table, then time.Time, v *View, t *Table, now ti
 
 func alike(a, b Held, slack time.Duration) bool {
 	d := a.Until.Sub(b.Until)
-	return a.Remediation == b.Remediation && a.Class == b.Class && d <= slack && d >= -slack
+	c := a.ClassUntil.Sub(b.ClassUntil)
+	return a.Remediation == b.Remediation && a.Class == b.Class && d <= slack && d >= -slack && c <= slack && c >= -slack
 }
 
 // ordered reports whether a comes before b in the order of Walk.
@@ -121,6 +123,7 @@ func held(v *View, t *Table, p netip.Prefix, a, b int, at int) (Held, bool) {
 	}
 	h.Remediation = v.means[best.class[bestRow]]
 	h.Class = t.classes[best.class[bestRow]]
+	h.ClassUntil = time.Unix(0, int64(best.until[bestRow]))
 	h.Until = time.Unix(0, int64(last))
 	return h, true
 }

@@ -300,6 +300,16 @@ func (s *Store) merge(d *Delta, now time.Time) {
 	}
 }
 
+// roomFor returns no rows, with room for n.
+func roomFor[K int | string](n int) rows[K] {
+	var out rows[K]
+	out.key = make([]K, 0, n)
+	out.id = make([]int, 0, n)
+	out.until = make([]int, 0, n)
+	out.class = make([]int32, 0, n)
+	return out
+}
+
 // joined returns the rows of old that are still wanted, followed by added.
 func joined[K int | string](old, added rows[K], drop map[int]bool, at int) rows[K] {
 	var out rows[K]
@@ -389,18 +399,32 @@ func (s *Store) Due() bool {
 func (s *Store) Fold(now time.Time) {
 	at := int(now.UnixNano())
 	b := s.base
+	n4 := len(b.key4)
+	six4 := int(b.first[n4]) // the first row of IPv6
 	dead := make([]bool, len(b.id))
 	for _, row := range s.gone {
 		dead[row] = true
 	}
-	var four rows[int]
-	var six rows[string]
+	live4, live6 := 0, 0
+	for row, until := range b.until {
+		if dead[row] || until <= at {
+			dead[row] = true
+		} else if row < six4 {
+			live4++
+		} else {
+			live6++
+		}
+	}
+	// As large as they will be from the start: what grows leaves behind as much
+	// as it is.
+	four := roomFor[int](live4 + len(s.four.id))
+	six := roomFor[string](live6 + len(s.six.id))
 	for node, key := range b.key4 {
 		if node&255 == 0 {
 			runtime.Gosched()
 		}
 		for row := b.first[node]; row < b.first[node+1]; row++ {
-			if !dead[row] && b.until[row] > at {
+			if !dead[row] {
 				four.key = append(four.key, key)
 				four.id = append(four.id, b.id[row])
 				four.until = append(four.until, b.until[row])
@@ -408,10 +432,12 @@ func (s *Store) Fold(now time.Time) {
 			}
 		}
 	}
-	n4 := len(b.key4)
 	for i, key := range b.key6 {
+		if i&255 == 0 {
+			runtime.Gosched()
+		}
 		for row := b.first[n4+i]; row < b.first[n4+i+1]; row++ {
-			if !dead[row] && b.until[row] > at {
+			if !dead[row] {
 				six.key = append(six.key, key)
 				six.id = append(six.id, b.id[row])
 				six.until = append(six.until, b.until[row])
@@ -419,8 +445,23 @@ func (s *Store) Fold(now time.Time) {
 			}
 		}
 	}
-	drop := map[int]bool{}
-	s.base = compile(joined[int](four, s.four, drop, at), joined[string](six, s.six, drop, at))
+	for i, id := range s.four.id {
+		if s.four.until[i] > at {
+			four.key = append(four.key, s.four.key[i])
+			four.id = append(four.id, id)
+			four.until = append(four.until, s.four.until[i])
+			four.class = append(four.class, s.four.class[i])
+		}
+	}
+	for i, id := range s.six.id {
+		if s.six.until[i] > at {
+			six.key = append(six.key, s.six.key[i])
+			six.id = append(six.id, id)
+			six.until = append(six.until, s.six.until[i])
+			six.class = append(six.class, s.six.class[i])
+		}
+	}
+	s.base = compile(four, six)
 	s.four = rows[int]{}
 	s.six = rows[string]{}
 	s.recent = nil
