@@ -120,14 +120,20 @@ func (ns *NS) TCP(from netip.Addr, to netip.AddrPort) error {
 	return Echo(c)
 }
 
-// UDP reports whether a datagram is answered.
-func (ns *NS) UDP(from netip.Addr, to netip.AddrPort) error {
+// DialUDP opens a flow of datagrams from one of the namespace's addresses.
+func (ns *NS) DialUDP(from netip.Addr, to netip.AddrPort) (net.Conn, error) {
 	var c *net.UDPConn
 	err := ns.Run(func() error {
 		var err error
 		c, err = net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), net.UDPAddrFromAddrPort(to))
 		return err
 	})
+	return c, err
+}
+
+// UDP reports whether a datagram is answered.
+func (ns *NS) UDP(from netip.Addr, to netip.AddrPort) error {
+	c, err := ns.DialUDP(from, to)
 	if err != nil {
 		return err
 	}
@@ -135,7 +141,9 @@ func (ns *NS) UDP(from netip.Addr, to netip.AddrPort) error {
 	return Echo(c)
 }
 
-// Blaster sends datagrams without a pause from each of some addresses in turn.
+// Blaster sends datagrams from each of some addresses in turn, up to 64 in a
+// millisecond: enough to find a gap of that length, and not so many that those
+// who have to close it get no processor.
 type Blaster struct {
 	stop chan struct{}
 	done chan error
@@ -166,6 +174,9 @@ func (ns *NS) Blast(to netip.AddrPort, sources ...netip.Addr) *Blaster {
 		var payload [18]byte // the smallest that fills a frame
 		for {
 			for _, c := range conns {
+				if b.sent&63 == 63 {
+					time.Sleep(time.Millisecond)
+				}
 				select {
 				case <-b.stop:
 					b.done <- nil
