@@ -557,3 +557,16 @@ func TestListingLoads(t *testing.T) {
 		}
 	}
 }
+
+// A range of IPv6 that begins, ends or lies among the IPv4-mapped addresses is a
+// range of IPv6.
+func TestMappedRanges(t *testing.T) {
+	w := newWorld(t)
+	w.install(config(), content(nil,
+		banRange("::fffe:0:0", "::fffe:ffff:ffff"), banRange("::ffff:0:0", "::ffff:ffff:ffff"), banRange("::1:0:0:0:0", "2001:db8:f00::66")))
+	w.stopped(false, peer4, bad4)
+	w.stopped(true, bad6)
+	if h := w.read(); h.Nets4 != 0 || h.Nets6 == 0 {
+		t.Errorf("%+v", h)
+	}
+}

@@ -268,9 +268,6 @@ func (c *Conn) replace(table string, flags uint32, cfg Config, content Content) 
 		b.newTable(flags)
 	}
 	b.drop(have, stale)
-	if err := c.commit(); err != nil {
-		return nil, err
-	}
 	if err := c.build(l, content); err != nil {
 		// Leave no half of a generation behind. If this fails as well, the
 		// next Install removes it.
@@ -297,7 +294,10 @@ func (c *Conn) replace(table string, flags uint32, cfg Config, content Content) 
 	return l, nil
 }
 
-// build makes all of a generation but its base chains.
+// build makes all of a generation but its base chains. What little is left of it
+// then goes with those: each transaction waits until all processors have seen it,
+// which takes long where they are busy with a flood, and after a foreign flush
+// nothing is enforced meanwhile.
 func (c *Conn) build(l *layout, content Content) error {
 	b := &c.batch
 	for _, s := range l.sets(content.Protected) {
@@ -317,9 +317,6 @@ func (c *Conn) build(l *layout, content Content) error {
 		return err
 	}
 	if err := c.encodeWaivers(l.name, l.waivers(), content.Waivers); err != nil {
-		return err
-	}
-	if err := c.commit(); err != nil {
 		return err
 	}
 	return c.fill(l, content)
@@ -384,7 +381,8 @@ func (c *Conn) value(l *layout, class uint32, six bool) value {
 	return value{counter: counterName(Unclassified, "", six)}
 }
 
-// fill writes the elements of content, in as many transactions as are good.
+// fill writes the elements of content, in as many transactions as are good; the
+// last of it stays in the batch.
 func (c *Conn) fill(l *layout, content Content) error {
 	type key struct {
 		class uint32
@@ -449,9 +447,6 @@ func (c *Conn) fill(l *layout, content Content) error {
 	}
 	four.end()
 	six.end()
-	if err := c.commit(); err != nil {
-		return err
-	}
 	if content.Ranges != nil {
 		four.set, six.set = l.name("nets4"), l.name("nets6")
 		for r := range content.Ranges {
@@ -473,7 +468,7 @@ func (c *Conn) fill(l *layout, content Content) error {
 	}
 	four.end()
 	six.end()
-	return c.commit()
+	return nil
 }
 
 // drop deletes generations: first what refers, then what is referred to.

@@ -20,7 +20,7 @@ import (
 
 // layoutVersion changes with the rules that a Config becomes, so that those of
 // an older release are replaced.
-const layoutVersion = 2
+const layoutVersion = 3
 
 const (
 	defaultSYNPriority = -300 // "raw", before connection tracking
@@ -404,8 +404,11 @@ func (l *layout) baseChains() []chain {
 	c := l.config
 	for _, p := range c.Points {
 		hook := hooks[p]
-		start := l.exempt()
-		start = append(start, l.count(Seen, "")...)
+		start := l.count(Seen, "")
+		if c.Observe {
+			// There the look-up counts, so this comes before it; see chains.
+			start = append(l.exempt(nil), start...)
+		}
 		late := chain{name: l.name(hook.name), hook: hook.number, priority: c.Priority}
 		switch {
 		case c.DropReplies:
@@ -417,7 +420,7 @@ func (l *layout) baseChains() []chain {
 				name: l.name(hook.name + "-syn"), hook: hook.number, priority: c.SYNPriority,
 				rules: append(start, rule(isSYN, jump("source", l))),
 			})
-			late.rules = append(l.exempt(), rule(isReply, accept), rule(jump("source", l)))
+			late.rules = []exprs{rule(isReply, accept), rule(jump("source", l))}
 		default:
 			late.rules = append(start, rule(isReply, accept), rule(jump("source", l)))
 		}
@@ -446,7 +449,9 @@ func (l *layout) chains() []chain {
 		observed.rules = append(l.logging("banned"), l.verdict()...)
 		out = append(out, observed)
 	} else {
-		banned := chain{name: l.name("banned"), hook: -1}
+		// That an interface is exempt is asked after a hit: nearly all packets
+		// miss, and to compare a name costs more than to look for an address.
+		banned := chain{name: l.name("banned"), hook: -1, rules: l.exempt(noMark)}
 		for _, six := range []bool{false, true} {
 			// The mark was nothing, most likely: this is before all who use it.
 			banned.rules = append(banned.rules, rule(
@@ -471,7 +476,7 @@ func (l *layout) chains() []chain {
 		}
 	}
 	for i := range l.config.Locks {
-		closed := chain{name: l.lock(i, "closed"), hook: -1}
+		closed := chain{name: l.lock(i, "closed"), hook: -1, rules: l.exempt(nil)}
 		source.rules = append(source.rules, l.lockRules(i)...)
 		for _, six := range []bool{false, true} {
 			closed.rules = append(closed.rules,
@@ -562,14 +567,16 @@ func (l *layout) classChainName(mark uint32) string {
 	return l.name("class" + strconv.FormatUint(uint64(mark), 10))
 }
 
-func (l *layout) exempt() []exprs {
+// exempt lets packets of exempt interfaces pass, after what is to be done to them
+// first.
+func (l *layout) exempt(first exprs) []exprs {
 	if len(l.config.Exempt) == 0 {
 		return nil
 	}
 	return []exprs{rule(exprs{
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
 		&expr.Lookup{SourceRegister: 1, SetName: l.name("exempt")},
-	}, accept)}
+	}, first, accept)}
 }
 
 func (l *layout) count(k Kind, name string) []exprs {

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -184,6 +186,27 @@ func FuzzAnswers(f *testing.F) {
 	f.Add(b.buf)
 	f.Add([]byte{0, 5, 'h', 'e', 'l', 'l', 0})
 	f.Add([]byte{4, 0, 3, 128})
+	// A chain, a rule, a set and a counter, as they are sent and so answered.
+	for _, write := range []func(*batch){
+		func(b *batch) { b.newChain(chain{name: "prerouting_1", hook: 0, priority: -300}) },
+		func(b *batch) { b.newRule("prerouting_1", rule(isSYN, accept), "edgeward layout 0") },
+		func(b *batch) { b.newSet(set{name: "bans4_1", key: typeIPv4, keyLen: 4, timeout: true}) },
+		func(b *batch) { b.newCounter(counterName(Banned, "ban/CAPI", true)) },
+	} {
+		b := batch{table: TableName}
+		write(&b)
+		f.Add(b.buf[headerLen:])
+	}
+	// An interface with an XDP program, and a filter.
+	b = batch{buf: make([]byte, unix.SizeofIfInfomsg)}
+	b.string(unix.IFLA_IFNAME, "eth0")
+	xdp := b.nest(unix.IFLA_XDP)
+	b.bytes(unix.IFLA_XDP_ATTACHED, []byte{2})
+	b.close(xdp)
+	f.Add(b.buf)
+	b = batch{buf: make([]byte, tcMessage)}
+	b.string(1, "bpf")
+	f.Add(b.buf)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		parseGeneration(data)
 		var found Found
@@ -192,5 +215,22 @@ func FuzzAnswers(f *testing.F) {
 		}
 		commentOf(data)
 		parseFlowtable(data)
+		parseTable(data)
+		parseCounterObject(data)
+		parseLink(data)
+		parseFilter(data)
+		s := &state{generations: map[uint32]*generation{}}
+		for _, lists := range [][3][][]byte{{{data}, nil, nil}, {nil, {data}, nil}, {nil, nil, {data}}} {
+			if err := s.take(lists[0], lists[1], lists[2]); err != nil {
+				continue
+			}
+			for _, g := range s.generations {
+				for _, n := range g.counts {
+					if n < 0 {
+						t.Fatalf("%d elements", n)
+					}
+				}
+			}
+		}
 	})
 }

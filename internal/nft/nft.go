@@ -103,7 +103,7 @@ type Config struct {
 	Observe bool
 	// Action is what happens to a packet where Observe is false.
 	Action Action
-	// Exempt names the interfaces whose incoming packets are never looked at;
+	// Exempt names the interfaces whose incoming packets are never stopped;
 	// a trailing * stands for any ending.
 	Exempt []string
 	// Log, if not nil, writes dropped packets to the kernel log.
@@ -145,7 +145,8 @@ type Element struct {
 	Timeout time.Duration
 }
 
-// Range bans the addresses From to To, both included.
+// Range bans the addresses From to To, both included. IPv4-mapped addresses are
+// those of IPv6 here: a piece of a wide range of IPv6 may begin or end among them.
 type Range struct {
 	From, To netip.Addr
 	Class    uint32

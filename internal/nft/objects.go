@@ -278,7 +278,6 @@ func checkElement(e Element) (Element, error) {
 }
 
 func checkRange(r Range) (Range, error) {
-	r.From, r.To = r.From.Unmap(), r.To.Unmap()
 	if !r.From.IsValid() || r.From.Zone() != "" || r.From.BitLen() != r.To.BitLen() || r.To.Less(r.From) {
 		return r, fmt.Errorf("no range to ban: %v to %v", r.From, r.To)
 	}

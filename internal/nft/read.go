@@ -94,16 +94,24 @@ func (c *Conn) table(name string) (tableState, error) {
 	}
 	t := tableState{present: true}
 	for _, m := range answers {
-		if err := attributes(m.Data, func(typ uint16, d *netlink.AttributeDecoder) {
-			switch typ {
-			case unix.NFTA_TABLE_FLAGS:
-				t.flags = d.Uint32()
-			case attrTableOwner:
-				t.owner = d.Uint32()
-			}
-		}); err != nil {
-			return t, fmt.Errorf("decode table: %w", err)
+		if t, err = parseTable(m.Data); err != nil {
+			return t, err
 		}
+	}
+	return t, nil
+}
+
+func parseTable(data []byte) (tableState, error) {
+	t := tableState{present: true}
+	if err := attributes(data, func(typ uint16, d *netlink.AttributeDecoder) {
+		switch typ {
+		case unix.NFTA_TABLE_FLAGS:
+			t.flags = d.Uint32()
+		case attrTableOwner:
+			t.owner = d.Uint32()
+		}
+	}); err != nil {
+		return t, fmt.Errorf("decode table: %w", err)
 	}
 	return t, nil
 }
@@ -137,11 +145,24 @@ func (c *Conn) inspect(table string) (*state, error) {
 	if s.table, err = c.table(table); err != nil || !s.table.present {
 		return s, err
 	}
-	var lines []string // of the fingerprint
 	chains, err := c.list(table, unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE)
 	if err != nil {
 		return nil, fmt.Errorf("list chains: %w", err)
 	}
+	rules, err := c.list(table, unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE)
+	if err != nil {
+		return nil, fmt.Errorf("list rules: %w", err)
+	}
+	sets, err := c.list(table, unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE)
+	if err != nil {
+		return nil, fmt.Errorf("list sets: %w", err)
+	}
+	return s, s.take(chains, rules, sets)
+}
+
+// take reads the kernel's lists of chains, rules and sets.
+func (s *state) take(chains, rules, sets [][]byte) error {
+	var lines []string // of the fingerprint
 	for _, data := range chains {
 		var name, hook string
 		if err := attributes(data, func(typ uint16, d *netlink.AttributeDecoder) {
@@ -152,7 +173,7 @@ func (c *Conn) inspect(table string) (*state, error) {
 				hook += string(d.Bytes())
 			}
 		}); err != nil {
-			return nil, fmt.Errorf("decode chain: %w", err)
+			return fmt.Errorf("decode chain: %w", err)
 		}
 		g := s.of(name)
 		if hook != "" {
@@ -162,10 +183,6 @@ func (c *Conn) inspect(table string) (*state, error) {
 			g.chains = append(g.chains, name)
 		}
 		lines = append(lines, "chain "+name+"\x00"+hook)
-	}
-	rules, err := c.list(table, unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE)
-	if err != nil {
-		return nil, fmt.Errorf("list rules: %w", err)
 	}
 	for i, data := range rules {
 		var name, comment string
@@ -180,17 +197,13 @@ func (c *Conn) inspect(table string) (*state, error) {
 				comment = commentOf(d.Bytes())
 			}
 		}); err != nil {
-			return nil, fmt.Errorf("decode rule: %w", err)
+			return fmt.Errorf("decode rule: %w", err)
 		}
 		if layout, ok := strings.CutPrefix(comment, "edgeward layout "); ok {
 			s.of(name).layout = layout
 		}
 		// Rules come in order, by chain.
 		lines = append(lines, fmt.Sprintf("rule %s %08d %s", name, i, exprs))
-	}
-	sets, err := c.list(table, unix.NFT_MSG_GETSET, unix.NFTA_SET_TABLE)
-	if err != nil {
-		return nil, fmt.Errorf("list sets: %w", err)
 	}
 	for _, data := range sets {
 		name, count := "", -1
@@ -202,7 +215,7 @@ func (c *Conn) inspect(table string) (*state, error) {
 				count = int(d.Uint32())
 			}
 		}); err != nil {
-			return nil, fmt.Errorf("decode set: %w", err)
+			return fmt.Errorf("decode set: %w", err)
 		}
 		g := s.of(name)
 		g.sets = append(g.sets, name)
@@ -221,7 +234,7 @@ func (c *Conn) inspect(table string) (*state, error) {
 		h.Write(append([]byte(l), 0xff))
 	}
 	s.fingerprint = h.Sum64()
-	return s, nil
+	return nil
 }
 
 // commentOf reads user data that anybody may have written.
@@ -500,30 +513,11 @@ func (c *Conn) Counters() ([]Counter, error) {
 	}
 	var out []Counter
 	for _, data := range answers {
-		var n Counter
-		var name string
-		if err := attributes(data, func(typ uint16, d *netlink.AttributeDecoder) {
-			switch typ {
-			case unix.NFTA_OBJ_NAME:
-				name = d.String()
-			case unix.NFTA_OBJ_DATA:
-				d.Nested(func(d *netlink.AttributeDecoder) error {
-					for d.Next() {
-						switch d.Type() {
-						case unix.NFTA_COUNTER_BYTES:
-							n.Bytes = d.Uint64()
-						case unix.NFTA_COUNTER_PACKETS:
-							n.Packets = d.Uint64()
-						}
-					}
-					return nil
-				})
-			}
-		}); err != nil {
-			return nil, fmt.Errorf("decode counter: %w", err)
+		n, ok, err := parseCounterObject(data)
+		if err != nil {
+			return nil, err
 		}
-		var ok bool
-		if n.Kind, n.Name, n.IPv6, ok = parseCounter(name); !ok {
+		if !ok {
 			continue
 		}
 		if n.Kind == Banned && long[n.Name] != "" {
@@ -541,6 +535,33 @@ func (c *Conn) Counters() ([]Counter, error) {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name), cmp.Compare(six(a), six(b)))
 	})
 	return out, nil
+}
+
+// parseCounterObject reads a counter; ok is false for one that is not ours.
+func parseCounterObject(data []byte) (n Counter, ok bool, err error) {
+	var name string
+	if err := attributes(data, func(typ uint16, d *netlink.AttributeDecoder) {
+		switch typ {
+		case unix.NFTA_OBJ_NAME:
+			name = d.String()
+		case unix.NFTA_OBJ_DATA:
+			d.Nested(func(d *netlink.AttributeDecoder) error {
+				for d.Next() {
+					switch d.Type() {
+					case unix.NFTA_COUNTER_BYTES:
+						n.Bytes = d.Uint64()
+					case unix.NFTA_COUNTER_PACKETS:
+						n.Packets = d.Uint64()
+					}
+				}
+				return nil
+			})
+		}
+	}); err != nil {
+		return n, false, fmt.Errorf("decode counter: %w", err)
+	}
+	n.Kind, n.Name, n.IPv6, ok = parseCounter(name)
+	return n, ok, nil
 }
 
 // Flowtables names the flowtables of all tables of the namespace, as
