@@ -52,7 +52,8 @@ type DecisionsConfig struct {
 }
 
 // ProtectConfig says what no decision may stop, beside what the node finds out
-// by itself: its own addresses, gateway, DNS servers, LAPI, the API server.
+// by itself: its own addresses, gateway, DNS servers and VPNs, LAPI, the API
+// server, and the servers of k3s where it sees their addresses.
 type ProtectConfig struct {
 	// Addresses are the operator's.
 	Addresses []netip.Prefix `yaml:"addresses"`
@@ -74,7 +75,7 @@ type FirewallConfig struct {
 	Replies     Replies `yaml:"replies"`
 	SYNPriority int32   `yaml:"synPriority"`
 	Priority    int32   `yaml:"priority"`
-	// Exempt names the interfaces whose packets are never looked at; a
+	// Exempt names the interfaces whose packets are never stopped; a
 	// trailing * stands for any ending.
 	Exempt []string     `yaml:"exempt"`
 	Log    LogConfig    `yaml:"log"`

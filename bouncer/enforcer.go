@@ -25,6 +25,7 @@ type kernel interface {
 	Update(nft.Changes) error
 	Sample([]netip.Addr) ([]nft.Found, error)
 	Counters() ([]nft.Counter, error)
+	Bypasses(exempt []string) ([]nft.Bypass, error)
 	Watch(context.Context) (<-chan nft.Event, error)
 	Waive(nft.Waivers) error
 	Remove() error
@@ -98,6 +99,8 @@ type enforcer struct {
 	ranges    []decision.Held
 	trimmed   map[netip.Prefix][]decision.Held // ranges of which not all counts, by decision
 	spans     []span                           // as the kernel holds ranges and trimmed
+	turning   map[netip.Prefix]time.Time       // held prefixes whose class ends before the last ban on them
+	due       time.Time                        // when the next of turning or spans turns or ends; zero if none does
 	aside     map[netip.Prefix]bool            // held prefixes that meet watched
 	marks     map[string]uint32
 	memo      map[decision.Class]uint32
@@ -145,6 +148,7 @@ func newEnforcer(k kernel, c *Config, now func() time.Time, log *slog.Logger) *e
 	e := &enforcer{
 		kernel: k, config: c, rules: c.nft(), now: now, log: log.With("component", "enforcer"),
 		marks: map[string]uint32{}, memo: map[decision.Class]uint32{}, held: -1,
+		turning: map[netip.Prefix]time.Time{},
 	}
 	r := e.read(&reading{}, decision.NewStore().Compile())
 	if c.Protect.Private {
@@ -338,8 +342,8 @@ type write struct {
 	r       *reading
 	now     time.Time
 	changes nft.Changes
-	ranges  bool // e.ranges or e.trimmed changed
-	aside   bool // e.aside changed
+	regions []netip.Prefix // in which e.ranges or e.trimmed changed
+	aside   bool           // e.aside changed
 	slack   time.Duration
 }
 
@@ -355,11 +359,13 @@ func (w *write) put(p netip.Prefix, h decision.Held, held bool) {
 		w.aside = true
 		delete(e.aside, p)
 	}
+	delete(e.turning, p)
 	if p.IsSingleIP() {
 		some := false
 		if held {
 			w.r.place(h, w.now, func(h decision.Held) {
 				some = true
+				e.turns(p, h)
 				w.changes.Put = append(w.changes.Put, e.element(h, w.now))
 			})
 		}
@@ -368,10 +374,28 @@ func (w *write) put(p netip.Prefix, h decision.Held, held bool) {
 		}
 		return
 	}
-	w.ranges = true
+	w.regions = append(w.regions, e.region(p))
 	e.forget(p)
 	if held {
 		e.keep(w.r, h, w.now)
+	}
+}
+
+// turns notes when p has to be put again, as h, which is p or a piece of it,
+// then is of another class.
+func (e *enforcer) turns(p netip.Prefix, h decision.Held) {
+	if !h.ClassUntil.Before(h.Until) {
+		return
+	}
+	if at, ok := e.turning[p]; !ok || h.ClassUntil.Before(at) {
+		e.turning[p] = h.ClassUntil
+	}
+	e.dueBy(h.ClassUntil)
+}
+
+func (e *enforcer) dueBy(at time.Time) {
+	if e.due.IsZero() || at.Before(e.due) {
+		e.due = at
 	}
 }
 
@@ -379,15 +403,10 @@ func (w *write) put(p netip.Prefix, h decision.Held, held bool) {
 // be installed again.
 func (w *write) commit() error {
 	e := w.e
-	var spans []span
-	if w.ranges {
-		spans = e.lay(w.now)
-		drop, put := difference(e.spans, spans, w.slack)
+	if len(w.regions) > 0 {
+		drop, put := e.relay(w.regions, w.now, w.slack)
 		for _, s := range drop {
-			// What ended the kernel has removed, unless it has just ended.
-			if s.until.After(w.now.Add(-10 * time.Second)) {
-				w.changes.DeleteRanges = append(w.changes.DeleteRanges, e.rangeOf(s, w.now))
-			}
+			w.changes.DeleteRanges = append(w.changes.DeleteRanges, e.rangeOf(s, w.now))
 		}
 		for _, s := range put {
 			w.changes.PutRanges = append(w.changes.PutRanges, e.rangeOf(s, w.now))
@@ -416,9 +435,6 @@ func (w *write) commit() error {
 		e.note(func(r *report) { r.Failures++ })
 		return fmt.Errorf("write bans to the kernel: %w", err)
 	}
-	if w.ranges {
-		e.spans = spans
-	}
 	if have, err := e.kernel.Read(); err == nil { // else the next look says so
 		e.note(func(r *report) { r.Have = have })
 	}
@@ -435,21 +451,24 @@ func (e *enforcer) install(why string) error {
 	r := e.reading.Load()
 	now := e.now()
 	e.ranges, e.trimmed, e.aside = nil, map[netip.Prefix][]decision.Held{}, map[netip.Prefix]bool{}
+	e.turning, e.due = map[netip.Prefix]time.Time{}, time.Time{}
 	singles := 0
 	r.all.Walk(r.table, now, func(h decision.Held) bool {
-		if r.watched.meets(h.Prefix) {
-			e.aside[h.Prefix] = true
-			r.place(h, now, func(h decision.Held) { e.mark(h.Class, h.Remediation) })
+		p := h.Prefix
+		if r.watched.meets(p) {
+			e.aside[p] = true
+			r.place(h, now, func(h decision.Held) { e.mark(h.Class, h.Remediation); e.turns(p, h) })
 		}
-		if h.Prefix.IsSingleIP() {
+		if p.IsSingleIP() {
 			singles++
+			e.turns(p, h)
 			e.mark(h.Class, h.Remediation)
 			return true
 		}
 		e.keep(r, h, now)
 		return true
 	})
-	e.spans = e.lay(now)
+	e.spans = e.lay(nil, now)
 	for _, s := range e.spans {
 		e.mark(s.class, s.class.Remediation)
 	}
@@ -517,7 +536,10 @@ func (e *enforcer) forget(p netip.Prefix) {
 // keep puts a range into what is laid out.
 func (e *enforcer) keep(r *reading, h decision.Held, now time.Time) {
 	var pieces []decision.Held
-	r.place(h, now, func(h decision.Held) { pieces = append(pieces, h) })
+	r.place(h, now, func(piece decision.Held) {
+		pieces = append(pieces, piece)
+		e.turns(h.Prefix, piece)
+	})
 	if len(pieces) == 1 && pieces[0].Prefix == h.Prefix {
 		i, _ := slices.BinarySearchFunc(e.ranges, h.Prefix, func(h decision.Held, p netip.Prefix) int { return comparePrefixes(h.Prefix, p) })
 		e.ranges = slices.Insert(e.ranges, i, pieces[0])
@@ -526,24 +548,92 @@ func (e *enforcer) keep(r *reading, h decision.Held, now time.Time) {
 	}
 }
 
-// lay lays the ranges out as the kernel is to hold them, and drops those that
-// have ended.
-func (e *enforcer) lay(now time.Time) []span {
-	ended := func(h decision.Held) bool { return !h.Until.After(now) }
-	e.ranges = slices.DeleteFunc(e.ranges, ended)
-	if len(e.trimmed) == 0 {
-		return spansOf(e.ranges)
-	}
-	all := slices.Clone(e.ranges)
-	for p, pieces := range e.trimmed {
-		pieces = slices.DeleteFunc(pieces, ended)
-		if e.trimmed[p] = pieces; len(pieces) == 0 {
-			delete(e.trimmed, p)
+// region returns the outermost of what is laid out that encloses p, or p itself.
+// A change of p changes no span outside of it.
+func (e *enforcer) region(p netip.Prefix) netip.Prefix {
+	out := p
+	for bits := range p.Bits() {
+		outer, _ := p.Addr().Prefix(bits)
+		_, found := slices.BinarySearchFunc(e.ranges, outer, func(h decision.Held, p netip.Prefix) int { return comparePrefixes(h.Prefix, p) })
+		if found {
+			out = outer
+			break
 		}
-		all = append(all, pieces...)
 	}
-	slices.SortFunc(all, func(a, b decision.Held) int { return comparePrefixes(a.Prefix, b.Prefix) })
-	return spansOf(all)
+	for whole := range e.trimmed {
+		if whole.Bits() < out.Bits() && whole.Contains(out.Addr()) {
+			out = whole
+		}
+	}
+	return out
+}
+
+// few is up to how many regions are laid out one by one.
+const few = 64
+
+// relay lays regions out anew, drops what has ended in them, and returns which
+// spans are to be deleted and which put. What a single change costs does not
+// depend on how many ranges there are, but for moving spans about in memory.
+func (e *enforcer) relay(regions []netip.Prefix, now time.Time, slack time.Duration) (drop, put []span) {
+	zones := zoneOf(regions)
+	if len(zones) > few {
+		spans := e.lay(nil, now)
+		drop, put = difference(e.spans, spans, slack)
+		e.spans = spans
+		return drop, put
+	}
+	for i := range zones {
+		z := &zones[i]
+		from, _ := slices.BinarySearchFunc(e.spans, z.from, func(s span, a netip.Addr) int { return s.from.Compare(a) })
+		to := from
+		for to < len(e.spans) && !z.to.Less(e.spans[to].from) {
+			to++
+		}
+		spans := e.lay(z, now)
+		d, p := difference(e.spans[from:to], spans, slack)
+		drop, put = append(drop, d...), append(put, p...)
+		e.spans = slices.Replace(e.spans, from, to, spans...)
+	}
+	return drop, put
+}
+
+// lay lays the ranges within z, or all of them, out as the kernel is to hold
+// them, and drops those that have ended.
+func (e *enforcer) lay(z *stretch, now time.Time) []span {
+	from, to := 0, len(e.ranges)
+	if z != nil {
+		begins := func(h decision.Held, a netip.Addr) int { return h.Prefix.Addr().Compare(a) }
+		from, _ = slices.BinarySearchFunc(e.ranges, z.from, begins)
+		for to = from; to < len(e.ranges) && !z.to.Less(e.ranges[to].Prefix.Addr()); {
+			to++
+		}
+	}
+	ended := func(h decision.Held) bool { return !h.Until.After(now) }
+	if slices.ContainsFunc(e.ranges[from:to], ended) {
+		live := slices.DeleteFunc(slices.Clone(e.ranges[from:to]), ended)
+		e.ranges = slices.Replace(e.ranges, from, to, live...)
+		to = from + len(live)
+	}
+	all := e.ranges[from:to]
+	if len(e.trimmed) > 0 {
+		all = slices.Clone(all)
+		for p, pieces := range e.trimmed {
+			if z != nil && (p.Addr().Less(z.from) || z.to.Less(p.Addr())) {
+				continue
+			}
+			pieces = slices.DeleteFunc(pieces, ended)
+			if e.trimmed[p] = pieces; len(pieces) == 0 {
+				delete(e.trimmed, p)
+			}
+			all = append(all, pieces...)
+		}
+		slices.SortFunc(all, func(a, b decision.Held) int { return comparePrefixes(a.Prefix, b.Prefix) })
+	}
+	spans := spansOf(all)
+	for _, s := range spans {
+		e.dueBy(s.turns)
+	}
+	return spans
 }
 
 func comparePrefixes(a, b netip.Prefix) int {
@@ -574,8 +664,17 @@ func (e *enforcer) element(h decision.Held, now time.Time) nft.Element {
 	return nft.Element{Addr: h.Prefix.Addr(), Class: e.mark(h.Class, h.Remediation), Timeout: e.timeout(h.Until, now)}
 }
 
+// linger is how much longer than it should the kernel holds a range, if nobody
+// deletes it. An interval map with something in it that has timed out can only be
+// written again as a whole (see nft.Changes), so the agent is to be first.
+const linger = 5 * time.Second
+
 func (e *enforcer) rangeOf(s span, now time.Time) nft.Range {
-	return nft.Range{From: s.from, To: s.to, Class: e.mark(s.class, s.class.Remediation), Timeout: e.timeout(s.until, now)}
+	left := e.timeout(s.until, now)
+	if s.until.Before(decision.Forever) && left < nft.Forever-linger {
+		left += linger
+	}
+	return nft.Range{From: s.from, To: s.to, Class: e.mark(s.class, s.class.Remediation), Timeout: left}
 }
 
 // lease is how long the kernel holds at a time what has no end. It is renewed
@@ -591,6 +690,52 @@ func (e *enforcer) timeout(until, now time.Time) time.Duration {
 		e.lent = now
 	}
 	return lease
+}
+
+// turn writes what time alone changes: ranges that ended are deleted, and what
+// goes on under a weaker decision after the strongest has ended becomes of that
+// one's class. After a jump of the clock nobody knows what has ended; the kernel
+// does, by a clock that does not jump, and a full pull is on its way.
+func (e *enforcer) turn(now time.Time) error {
+	if e.jumped || e.due.IsZero() || e.due.After(now) {
+		return nil
+	}
+	e.due = time.Time{}
+	r := e.reading.Load()
+	w := e.begin(r, now)
+	var again []netip.Prefix
+	for p, at := range e.turning {
+		if at.After(now) {
+			e.dueBy(at)
+		} else {
+			again = append(again, p)
+		}
+	}
+	for _, s := range e.spans {
+		if s.turns.After(now) {
+			e.dueBy(s.turns)
+		} else {
+			w.regions = append(w.regions, e.region(single(s.from)))
+		}
+	}
+	if len(again)+len(w.regions) > many {
+		return e.install("many decisions ended")
+	}
+	for _, p := range again {
+		h, held := r.all.Exactly(r.table, p, now)
+		w.put(p, h, held)
+	}
+	return w.commit()
+}
+
+// next is when time alone is to change something next; zero if it is not.
+func (e *enforcer) next() time.Time {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.installed || e.jumped {
+		return time.Time{}
+	}
+	return e.due
 }
 
 // saw takes in that somebody else changed the ruleset of this machine.
@@ -647,6 +792,9 @@ func (e *enforcer) verify() error {
 	}
 	if !e.lent.IsZero() && now.Sub(e.lent) > lease/2 {
 		return e.install("what has no end is held for another day")
+	}
+	if err := e.turn(now); err != nil {
+		return err
 	}
 	total := max(have.Bans4, 0) + max(have.Bans6, 0) + max(have.Nets4, 0) + max(have.Nets6, 0)
 	fell := e.held >= 0 && total < e.held-e.held/100-16

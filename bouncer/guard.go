@@ -6,14 +6,17 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/edgeward/edgeward/internal/decision"
@@ -69,6 +72,8 @@ func newGuard(c *Config, getenv func(string) string, log *slog.Logger) *guard {
 		{why: "this node's own address", read: interfaceAddrs},
 		{why: "the default gateway", read: gateways},
 		{why: "a DNS server of this node", read: nameservers},
+		{why: "a VPN of this node", read: tunnels},
+		{why: "the Kubernetes control plane", read: controlPlane},
 	}
 	if host := hostOf(c.LAPI.URL); host != "" {
 		g.sources = append(g.sources, source{why: "LAPI", read: func(ctx context.Context) ([]netip.Prefix, error) { return resolve(ctx, host) }})
@@ -196,15 +201,178 @@ func parseRoutes6(text []byte) []netip.Prefix {
 	return out
 }
 
+// resolvFiles are where a node's DNS servers stand: the second has those that
+// systemd-resolved asks, where the first names itself alone.
+var resolvFiles = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
+
 func nameservers(context.Context) ([]netip.Prefix, error) {
-	text, err := os.ReadFile("/etc/resolv.conf")
-	if os.IsNotExist(err) {
+	var out []netip.Prefix
+	for _, path := range resolvFiles {
+		text, err := os.ReadFile(path)
+		if err != nil && !os.IsNotExist(err) {
+			return nil, fmt.Errorf("read DNS servers: %w", err)
+		}
+		out = append(out, parseNameservers(text)...)
+	}
+	return out, nil
+}
+
+// controlPlaneFiles are where an agent of k3s keeps the addresses of its servers,
+// the virtual one among them. They are there if the bouncer runs beside it as a
+// unit; a pod does not see them.
+const controlPlaneFiles = "/var/lib/rancher/*/agent/etc/*-agent-load-balancer.json"
+
+func controlPlane(ctx context.Context) ([]netip.Prefix, error) {
+	paths, err := filepath.Glob(controlPlaneFiles)
+	if err != nil {
+		return nil, fmt.Errorf("find the servers of the cluster: %w", err)
+	}
+	var out []netip.Prefix
+	for _, path := range paths {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("read the servers of the cluster: %w", err)
+		}
+		hosts, err := parseServers(text)
+		if err != nil {
+			return nil, fmt.Errorf("read the servers of the cluster: %s: %w", path, err)
+		}
+		for _, host := range hosts {
+			found, err := resolve(ctx, host)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, found...)
+		}
+	}
+	return out, nil
+}
+
+// parseServers returns the hosts that a file of controlPlaneFiles names.
+func parseServers(text []byte) ([]string, error) {
+	var file struct {
+		ServerURL       string
+		ServerAddresses []string
+	}
+	if err := json.Unmarshal(text, &file); err != nil {
+		return nil, err
+	}
+	var out []string
+	if host := hostOf(file.ServerURL); host != "" {
+		out = append(out, host)
+	}
+	for _, a := range file.ServerAddresses {
+		if host, _, err := net.SplitHostPort(a); err == nil {
+			a = host
+		}
+		if a != "" {
+			out = append(out, a)
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out), nil
+}
+
+// A tunnel may carry all that a node sends, and still not everybody is a peer:
+// wider ranges than these are somebody else's network.
+const (
+	widestTunnel4 = 8
+	widestTunnel6 = 16
+)
+
+// tunnels returns the networks of tunnels, such as WireGuard's, Tailscale's and
+// OpenVPN's: those that their interfaces are in, and those that routes of any
+// table lead into them.
+func tunnels(context.Context) ([]netip.Prefix, error) {
+	interfaces, err := net.Interfaces()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	var out []netip.Prefix
+	add := func(p netip.Prefix) {
+		p = p.Masked()
+		if p.Addr().Is4() && p.Bits() >= widestTunnel4 || p.Addr().Is6() && p.Bits() >= widestTunnel6 {
+			out = append(out, p)
+		}
+	}
+	of := map[int]bool{}
+	for _, i := range interfaces {
+		if i.Flags&net.FlagPointToPoint == 0 {
+			continue
+		}
+		of[i.Index] = true
+		addrs, err := i.Addrs()
+		if err != nil {
+			return nil, fmt.Errorf("list addresses of %s: %w", i.Name, err)
+		}
+		for _, a := range addrs {
+			if n, ok := a.(*net.IPNet); ok {
+				if addr, ok := netip.AddrFromSlice(n.IP); ok {
+					ones, _ := n.Mask.Size()
+					add(netip.PrefixFrom(addr.Unmap(), ones))
+				}
+			}
+		}
+	}
+	if len(of) == 0 {
 		return nil, nil
 	}
+	table, err := syscall.NetlinkRIB(syscall.RTM_GETROUTE, syscall.AF_UNSPEC)
 	if err != nil {
-		return nil, fmt.Errorf("read DNS servers: %w", err)
+		return nil, fmt.Errorf("list routes: %w", err)
 	}
-	return parseNameservers(text), nil
+	routes, err := parseRoutes(table)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	for _, r := range routes {
+		if of[r.out] {
+			add(r.to)
+		}
+	}
+	return out, nil
+}
+
+// route is a route to other machines, and the interface that it goes out by.
+type route struct {
+	to  netip.Prefix
+	out int
+}
+
+// parseRoutes reads the kernel's answer to RTM_GETROUTE.
+func parseRoutes(table []byte) ([]route, error) {
+	messages, err := syscall.ParseNetlinkMessage(table)
+	if err != nil {
+		return nil, err
+	}
+	var out []route
+	for _, m := range messages {
+		// Of struct rtmsg: family, length of the destination, ..., type, flags.
+		if m.Header.Type != syscall.RTM_NEWROUTE || len(m.Data) < syscall.SizeofRtMsg || m.Data[7] != syscall.RTN_UNICAST {
+			continue
+		}
+		attrs, err := syscall.ParseNetlinkRouteAttr(&m)
+		if err != nil {
+			return nil, err
+		}
+		var r route
+		for _, a := range attrs {
+			switch a.Attr.Type {
+			case syscall.RTA_DST:
+				if addr, ok := netip.AddrFromSlice(a.Value); ok {
+					r.to = netip.PrefixFrom(addr, int(m.Data[1]))
+				}
+			case syscall.RTA_OIF:
+				if len(a.Value) == 4 {
+					r.out = int(binary.NativeEndian.Uint32(a.Value))
+				}
+			}
+		}
+		if r.to.IsValid() && r.out > 0 {
+			out = append(out, r)
+		}
+	}
+	return out, nil
 }
 
 func parseNameservers(text []byte) []netip.Prefix {

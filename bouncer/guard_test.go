@@ -8,9 +8,13 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/edgeward/edgeward/internal/netns"
 )
 
 func texts(list []netip.Prefix) []string {
@@ -42,6 +46,61 @@ func TestParseRoutes(t *testing.T) {
 	if d := cmp.Diff([]string{"10.0.0.1/32", "fe80::1/128"}, texts(parseNameservers([]byte(resolv)))); d != "" {
 		t.Error(d)
 	}
+}
+
+func TestParseServers(t *testing.T) {
+	for text, want := range map[string][]string{
+		`{"ServerURL": "https://192.0.2.9:6443", "ServerAddresses": ["192.0.2.10:6443", "[2001:db8::1]:6443", "192.0.2.9:6443"], "Listener": null}`: {"192.0.2.10", "192.0.2.9", "2001:db8::1"},
+		`{"ServerURL": "https://cluster.lan:6443"}`: {"cluster.lan"},
+		`{}`: nil,
+	} {
+		if got, err := parseServers([]byte(text)); err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: %v %v, want %v", text, got, err, want)
+		}
+	}
+	if _, err := parseServers([]byte("{")); err == nil {
+		t.Error("half a file is taken for a whole one")
+	}
+}
+
+// TestTunnels: what is reached through a tunnel is protected, and not the whole
+// world because all goes through one.
+func TestTunnels(t *testing.T) {
+	ns := netns.New(t)
+	for _, cmd := range []string{
+		"ip tuntap add dev wg0 mode tun", "ip addr add 10.8.0.1/24 dev wg0", "ip addr add fd08::1/64 dev wg0", "ip link set wg0 up",
+		"ip route add 10.9.0.0/16 dev wg0", "ip route add 100.64.0.0/10 dev wg0 table 52",
+		"ip route add 0.0.0.0/1 dev wg0", "ip route add default dev wg0",
+	} {
+		args := strings.Fields(cmd)
+		ns.MustExec(args[0], args[1:]...)
+	}
+	var got []netip.Prefix
+	ns.Must(func() (err error) {
+		got, err = tunnels(t.Context())
+		return err
+	})
+	for p, want := range map[string]bool{"10.8.0.0/24": true, "fd08::/64": true, "10.9.0.0/16": true, "100.64.0.0/10": true,
+		"0.0.0.0/1": false, "0.0.0.0/0": false, "ff00::/8": false} {
+		if slices.Contains(texts(got), p) != want {
+			t.Errorf("%s is protected: %v, want %v: %v", p, !want, want, got)
+		}
+	}
+}
+
+func FuzzParseRoutes(f *testing.F) {
+	if table, err := syscall.NetlinkRIB(syscall.RTM_GETROUTE, syscall.AF_UNSPEC); err == nil {
+		f.Add(table)
+	}
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, table []byte) {
+		routes, err := parseRoutes(table)
+		for _, r := range routes {
+			if !r.to.IsValid() || r.out <= 0 || err != nil {
+				t.Errorf("%+v %v", r, err)
+			}
+		}
+	})
 }
 
 func TestHostOf(t *testing.T) {

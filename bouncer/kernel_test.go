@@ -35,6 +35,7 @@ type memory struct {
 	written    int // elements and ranges of the last update
 	events     chan nft.Event
 	dropped    []nft.Counter
+	bypasses   []nft.Bypass
 }
 
 type ban struct {
@@ -228,6 +229,8 @@ func (m *memory) Counters() ([]nft.Counter, error) {
 	defer m.mu.Unlock()
 	return m.dropped, nil
 }
+
+func (m *memory) Bypasses([]string) ([]nft.Bypass, error) { return m.bypasses, nil }
 
 func (m *memory) Watch(context.Context) (<-chan nft.Event, error) { return m.events, nil }
 

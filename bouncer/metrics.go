@@ -35,6 +35,7 @@ var (
 	descPulled     = desc("edgeward_last_pull_timestamp_seconds", "When an answer of LAPI last came in whole.")
 	descSkipped    = desc("edgeward_decisions_skipped_total", "Decisions of LAPI that made no sense.", "reason")
 	descCovered    = desc("edgeward_covered_decisions", "Decisions that cover protected addresses, up to 100.")
+	descBypasses   = desc("edgeward_bypasses", "Things on this node that may carry packets past the bans.", "kind")
 	descMode       = desc("edgeward_mode", "1 for the mode that is on.", "mode")
 	descOrders     = desc("edgeward_orders", "Orders of the operator in force.", "order")
 	descStoodDown  = desc("edgeward_stood_down", "1 if cleanup was asked for, and nothing is enforced until the agent is restarted.")
@@ -63,7 +64,7 @@ func (c collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		descDecisions, descDropped, descDroppedB, descObserved, descObservedB, descSeen, descSeenB, descProtected,
 		descLocked, descStray, descElements, descIntact, descLooked, descWrites, descFailures, descRepairs, descMeddling,
-		descPulls, descDoubts, descPulled, descSkipped, descCovered, descMode, descLastChange,
+		descPulls, descDoubts, descPulled, descSkipped, descCovered, descBypasses, descMode, descLastChange,
 		descWaived, descOrders, descStoodDown,
 		descList, descListBad, descListRead, descListStale, descAuth, descRefused, descWouldbe,
 	} {
@@ -171,6 +172,15 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		count(descSkipped, n, reason)
 	}
 	gauge(descCovered, float64(len(*b.enforcer.covering.Load())))
+	for _, kind := range []string{"cilium", "flowtable", "tc", "xdp"} {
+		n := 0
+		for _, p := range b.passing {
+			if p.Kind == kind {
+				n++
+			}
+		}
+		gauge(descBypasses, float64(n), kind)
+	}
 	for _, m := range []Mode{Enforce, Observe} {
 		gauge(descMode, truth[b.config.Mode == m], string(m))
 	}

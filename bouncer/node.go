@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -47,6 +48,8 @@ type Bouncer struct {
 	feed    feed
 	guarded time.Time // when the guard looked last
 	saved   snapshotState
+	passing []nft.Bypass // what may carry packets past the ruleset
+	trouble string       // why that was not found out, as logged
 }
 
 // feed is what is known of LAPI.
@@ -152,10 +155,17 @@ func (b *Bouncer) turn(ctx context.Context) (time.Time, error) {
 	var err error
 	if due {
 		err = b.protect(ctx)
+		b.lookAround()
 	}
 	err = errors.Join(err, b.enforcer.verify())
 	b.save(false)
-	return b.now().Add(guardInterval), err
+	now := b.now()
+	next := now.Add(guardInterval)
+	if due := b.enforcer.next(); !due.IsZero() && due.Before(next) {
+		// What ends about the same time goes at once.
+		next = now.Add(max(due.Sub(now), 0) + time.Second)
+	}
+	return next, err
 }
 
 func (b *Bouncer) protect(ctx context.Context) error {
@@ -164,6 +174,38 @@ func (b *Bouncer) protect(ctx context.Context) error {
 	b.guarded = b.now()
 	b.mu.Unlock()
 	return b.enforcer.protect(list)
+}
+
+// lookAround finds out what may carry packets past the ruleset, and says so once.
+func (b *Bouncer) lookAround() {
+	found, err := b.kernel.Bypasses(b.config.Firewall.Exempt)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err != nil {
+		if err.Error() != b.trouble {
+			b.log.Warn("cannot find out what may carry packets past the bans", "err", err)
+		}
+		b.trouble = err.Error()
+		return
+	}
+	b.trouble = ""
+	for _, p := range found {
+		if !slices.Contains(b.passing, p) {
+			b.log.Warn("packets may pass the bans by", "kind", p.Kind, "name", p.Name, "means", Means(p))
+		}
+	}
+	b.passing = found
+}
+
+// Means says what a bypass does to bans.
+func Means(p nft.Bypass) string {
+	switch p.Kind {
+	case "flowtable":
+		return "established connections that it has taken over go on until they end; new ones are stopped"
+	case "cilium":
+		return "Cilium may hand packets to pods before bans are asked; ban there as well"
+	}
+	return "an eBPF program sees packets before bans do, and may hand them on by itself"
 }
 
 // Sink takes in the decision stream.
@@ -227,14 +269,19 @@ func (b *Bouncer) commit() (doubt bool) {
 	for reason, n := range d.Skipped {
 		b.log.Warn("decisions skipped", "reason", reason, "count", n)
 	}
-	if b.store.Due() {
+	full := d.Full
+	d = nil // it may be as large as what is held
+	folded := b.store.Due()
+	if folded {
 		b.store.Fold(now)
 		b.enforcer.swap(b.store.Compile())
 	}
-	if d.Full {
+	if full {
 		b.loop.Trigger() // to save what was pulled, if that is due
-		// A full pull leaves behind as much as is held. Until the next one the
-		// memory is better the machine's.
+	}
+	if full || folded {
+		// Both leave behind as much as is held. Until the next one the memory is
+		// better the machine's.
 		debug.FreeOSMemory()
 	}
 	return outcome.Doubt

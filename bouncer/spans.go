@@ -14,13 +14,16 @@ import (
 type span struct {
 	from, to netip.Addr
 	class    decision.Class
+	turns    time.Time // when the decision that names the class ends; until, at the latest
 	until    time.Time
 }
 
 // spansOf lays banned ranges, given in the order of decision.View.Walk, out as
 // sorted, disjoint spans. Ranges nest or are apart, never overlap by halves;
-// within a range that another encloses, the stronger remediation names the class
-// and the later end counts. Neighbours that say the same become one.
+// within a range that another encloses, the stronger decision names the class
+// and the later end counts. Neighbours that say the same become one if the same
+// range encloses them; no span reaches out of an outermost range, so that each
+// of those can be laid out by itself.
 func spansOf(ranges []decision.Held) []span {
 	type open struct {
 		held decision.Held // with what encloses it taken in
@@ -29,10 +32,12 @@ func spansOf(ranges []decision.Held) []span {
 	out := make([]span, 0, len(ranges)+len(ranges)/8) // most do not nest
 	var stack []open
 	var next netip.Addr // the first address that is not laid out yet
+	root := 0           // the first span of the outermost range
 	emit := func(to netip.Addr) {
 		top := stack[len(stack)-1].held
-		s := span{from: next, to: to, class: top.Class, until: top.Until}
-		if n := len(out); n > 0 && out[n-1].to.Next() == s.from && out[n-1].class == s.class && out[n-1].until.Equal(s.until) {
+		s := span{from: next, to: to, class: top.Class, turns: top.ClassUntil, until: top.Until}
+		if n := len(out); n > root && out[n-1].to.Next() == s.from && out[n-1].class == s.class &&
+			out[n-1].turns.Equal(s.turns) && out[n-1].until.Equal(s.until) {
 			out[n-1].to = s.to
 		} else {
 			out = append(out, s)
@@ -50,13 +55,15 @@ func spansOf(ranges []decision.Held) []span {
 	for _, h := range ranges {
 		start := h.Prefix.Addr()
 		closeBefore(start)
-		if len(stack) > 0 {
+		if len(stack) == 0 {
+			root = len(out)
+		} else {
 			if next.Less(start) {
 				emit(start.Prev())
 			}
 			outer := stack[len(stack)-1].held
-			if outer.Remediation > h.Remediation || outer.Remediation == h.Remediation && outer.Until.After(h.Until) {
-				h.Remediation, h.Class = outer.Remediation, outer.Class
+			if outer.Remediation > h.Remediation || outer.Remediation == h.Remediation && outer.ClassUntil.After(h.ClassUntil) {
+				h.Remediation, h.Class, h.ClassUntil = outer.Remediation, outer.Class, outer.ClassUntil
 			}
 			if outer.Until.After(h.Until) {
 				h.Until = outer.Until

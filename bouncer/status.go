@@ -29,9 +29,11 @@ type Status struct {
 	Skipped   Skipped `json:"skipped,omitempty"`
 	Dropped   []Drop  `json:"dropped"`
 	// Protected is what no decision stops, Covered are decisions that would.
-	Protected []Protected    `json:"protected"`
-	Covered   []Covered      `json:"covered"`
-	Snapshot  SnapshotStatus `json:"snapshot"`
+	Protected []Protected `json:"protected"`
+	Covered   []Covered   `json:"covered"`
+	// Bypasses may carry packets past the bans.
+	Bypasses []nft.Bypass   `json:"bypasses,omitempty"`
+	Snapshot SnapshotStatus `json:"snapshot"`
 }
 
 // Skipped counts rows of LAPI that made no sense, by reason.
@@ -124,7 +126,7 @@ func (b *Bouncer) tally() []Count {
 func (b *Bouncer) Status() Status {
 	report := b.enforcer.stands()
 	b.mu.Lock()
-	feed, saved := b.feed, b.saved
+	feed, saved, passing := b.feed, b.saved, b.passing
 	skipped := Skipped{}
 	for reason, n := range feed.Skipped {
 		skipped[reason] = n
@@ -145,6 +147,7 @@ func (b *Bouncer) Status() Status {
 		Dropped:   []Drop{},
 		Protected: b.enforcer.reading.Load().protected,
 		Covered:   *b.enforcer.covering.Load(),
+		Bypasses:  passing,
 		Snapshot:  SnapshotStatus{Saved: saved.At, Rows: saved.Rows},
 	}
 	if err := b.Ready(); err != nil {

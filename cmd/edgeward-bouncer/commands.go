@@ -143,7 +143,24 @@ func check(w io.Writer, path string, c *bouncer.Config, getenv func(string) stri
 			fmt.Fprintf(w, "you are connected from %v: add it to protect.addresses if no ban may ever shut you out\n", addr)
 		}
 	}
+	bypasses(w, c)
 	return nil
+}
+
+// bypasses says what on this machine may carry packets past the bans.
+func bypasses(w io.Writer, c *bouncer.Config) {
+	conn, err := nft.Open(nft.Options{ReadOnly: true})
+	if err == nil {
+		defer conn.Close()
+		var found []nft.Bypass
+		found, err = conn.Bypasses(c.Firewall.Exempt)
+		for _, p := range found {
+			fmt.Fprintf(w, "%s %s: %s\n", p.Kind, p.Name, bouncer.Means(p))
+		}
+	}
+	if err != nil {
+		fmt.Fprintf(w, "not looked at: what may carry packets past the bans: %v\n", err)
+	}
 }
 
 // kernelAlone shows what the kernel enforces where no agent runs, and fails with
@@ -229,6 +246,9 @@ func statusTable(w io.Writer, s bouncer.Status) {
 		line("error", "%s", k.Error)
 	}
 	line("protected", "%d addresses and ranges", len(s.Protected))
+	for _, p := range s.Bypasses {
+		line("warning", "%s %s: %s", p.Kind, p.Name, bouncer.Means(p))
+	}
 	for _, c := range s.Covered {
 		line("warning", "%v (%s, %s) covers %s, which stays reachable", c.Prefix, c.Origin, c.Scenario, c.Protects)
 	}
