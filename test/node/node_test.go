@@ -44,12 +44,15 @@ var (
 type world struct {
 	t            testing.TB
 	lapi         *rig.LAPI
+	url          string // of LAPI
 	client, node *netns.NS
 	server       *netns.Server
 	program      string
 	dir          string
-	extra        string // of the configuration
-	file         string // all of the configuration, where it is not the usual one
+	extra        string          // of the configuration
+	file         string          // all of the configuration, where it is not the usual one
+	enter        func(*exec.Cmd) // changes what the agent is started in, if not nil
+	env          []string        // of the agent, beside the test's own
 }
 
 var build struct {
@@ -94,6 +97,7 @@ func newWorld(t testing.TB, seed ...rig.Decision) *world {
 	w := &world{t: t, dir: t.TempDir(), program: built(t)}
 	w.network()
 	w.lapi = rigtest.LAPI(t, rig.LAPIOptions{Socket: true, Seed: seed})
+	w.url = "unix://" + w.lapi.SocketPath
 	key, err := w.lapi.AddBouncer(t.Context(), "node")
 	if err != nil {
 		t.Fatal(err)
@@ -129,8 +133,8 @@ func (w *world) config() string {
 	if w.file != "" {
 		return w.write("bouncer.yaml", w.file)
 	}
-	return w.write("bouncer.yaml", fmt.Sprintf("lapi:\n  url: unix://%s\n  keyFile: %s\n  interval: 1s\nsocket: %s\nstateDir: %s\n%s",
-		w.lapi.SocketPath, filepath.Join(w.dir, "key"), filepath.Join(w.dir, "bouncer.sock"), filepath.Join(w.dir, "state"), w.extra))
+	return w.write("bouncer.yaml", fmt.Sprintf("lapi:\n  url: %s\n  keyFile: %s\n  interval: 1s\nsocket: %s\nstateDir: %s\n%s",
+		w.url, filepath.Join(w.dir, "key"), filepath.Join(w.dir, "bouncer.sock"), filepath.Join(w.dir, "state"), w.extra))
 }
 
 // agent is the program, running on the node.
@@ -152,6 +156,10 @@ func (w *world) start() *agent {
 	// With the one privilege that the manifests give it.
 	a.cmd = exec.Command("setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all,+net_admin",
 		w.program, "run", "--config", w.config())
+	if w.enter != nil {
+		w.enter(a.cmd)
+	}
+	a.cmd.Env = append(os.Environ(), w.env...)
 	a.cmd.Stdout, a.cmd.Stderr = log, log
 	w.node.Must(a.cmd.Start)
 	go func() { a.done <- a.cmd.Wait() }()
@@ -441,32 +449,6 @@ func TestBootWithoutLAPI(t *testing.T) {
 	a.ready()
 	if !w.passes(good4) {
 		t.Error("others do not pass")
-	}
-}
-
-// TestOwnerStaysIn bans everybody, and the owner among them.
-func TestOwnerStaysIn(t *testing.T) {
-	w := newWorld(t)
-	w.extra = "protect:\n  addresses:\n    - 203.0.113.7\n    - 2001:db8:f00::7\n"
-	a := w.start()
-	a.ready()
-	for _, value := range []string{"0.0.0.0/0", "::/0", good4.String(), good6.String()} {
-		w.must(w.lapi.Ban(t.Context(), value, time.Hour))
-	}
-	w.until("everybody is banned", 5*time.Second, func() bool { return !w.passes(bad4) && !w.passes(bad6) })
-	if !w.passes(good4) || !w.passes(good6) {
-		t.Error("the owner is locked out")
-	}
-	if code, _, err := a.get("/healthz"); code != http.StatusOK || err != nil {
-		t.Error("the node cannot talk to itself", err)
-	}
-	var s bouncer.Status
-	w.must(json.Unmarshal([]byte(w.mustCLI("status", "--output", "json")), &s))
-	if len(s.Covered) != 4 || s.Ready != "yes" || !s.Kernel.Intact {
-		t.Errorf("status: %+v", s)
-	}
-	if why := w.mustCLI("why", good4.String()); !strings.Contains(why, ": pass: decisions hold it, but it is protected: protect.addresses") {
-		t.Error(why)
 	}
 }
 
