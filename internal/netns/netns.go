@@ -1,8 +1,8 @@
 // Package netns gives tests networks of their own: namespaces, the cables
 // between them, and traffic through those. What a test does there ends with it
 // and reaches nothing outside. It needs root, and fails where it is not given:
-// a test of the kernel that skips has shown nothing. Tests call it, and the
-// bouncer's probe, which tests a node where it stands, calls Attach.
+// a test of the kernel that skips has shown nothing. Tests and benchmarks call it,
+// and the bouncer's probe, which tests a node where it stands, calls Attach.
 package netns
 
 import (
@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -23,7 +24,7 @@ import (
 )
 
 // TB is what of a testing.TB is needed: programs that link this package do not
-// link that one.
+// link that one. Fatal and Fatalf do not return.
 type TB interface {
 	Helper()
 	Cleanup(func())
@@ -181,8 +182,18 @@ func Cable(a, b End) {
 		end.NS.link(func(h *netlink.Handle) error {
 			for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 				link, err := h.LinkByName(end.Name)
-				if err != nil || link.Attrs().OperState == netlink.OperUp {
+				if err != nil {
 					return err
+				}
+				// Duplicate address detection is off, but an IPv6 address is of
+				// no use until a kernel thread has found that out.
+				addrs, err := h.AddrList(link, unix.AF_INET6)
+				if err != nil {
+					return err
+				}
+				waits := slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.Flags&unix.IFA_F_TENTATIVE != 0 })
+				if link.Attrs().OperState == netlink.OperUp && !waits {
+					return nil
 				}
 				if time.Now().After(deadline) {
 					return fmt.Errorf("interface %s is %v and does not come up", end.Name, link.Attrs().OperState)
