@@ -59,8 +59,9 @@ test-real: ## Run the suites on the real Traefik and CrowdSec
 	@$(GO) test -count=1 -p 1 -timeout 30m ./test/...
 
 .PHONY: bench
-bench: tools ## Measure the cost of a request in the real Traefik, side by side
+bench: tools ## Measure requests in the real Traefik, then bans and packets on a node (as root), side by side
 	@$(GO) run ./test/benchmark
+	@$(GO) run ./test/benchmark/node
 
 .PHONY: fuzz
 fuzz: ## Give each fuzz target a short run; FUZZTIME=20s

@@ -110,8 +110,8 @@ func TestOverComparesRoundByRound(t *testing.T) {
 	ours := &route{host: "ours", over: "empty", took: us(75, 95, 81)}
 	f := &requestFigures{routes: []*route{{host: "empty", took: us(70, 90, 75)}, ours}}
 	got, ok := f.over(ours)
-	if want := "5.0 (5.0 to 6.0)"; !ok || got.String() != want {
-		t.Errorf("%s, want %s", got, want)
+	if want := "5.0 (5.0 to 6.0)"; !ok || show(got) != want {
+		t.Errorf("%s, want %s", show(got), want)
 	}
 }
 
@@ -123,22 +123,5 @@ func TestEngineTable(t *testing.T) {
 		"| Delta/add-to-overlay | 108 µs | 5.43 ms |\n| Memory | 98 B |  |\n"
 	if diff := cmp.Diff(want, f.markdown()); diff != "" {
 		t.Errorf("table (-want +got):\n%s", diff)
-	}
-}
-
-func TestReplaceBlock(t *testing.T) {
-	for _, tt := range []struct{ document, want, err string }{
-		{"a\n<!-- bench -->\nold\n<!-- /bench -->\nb\n", "a\n<!-- bench -->\nnew\n<!-- /bench -->\nb\n", ""},
-		{"a\n", "", "it has no <!-- bench -->"},
-		{"<!-- bench -->\nold\n", "", "it has no <!-- /bench -->"},
-	} {
-		got, err := replaceBlock([]byte(tt.document), "\nnew\n\n")
-		said := ""
-		if err != nil {
-			said = err.Error()
-		}
-		if string(got) != tt.want || said != tt.err {
-			t.Errorf("%q: %q, %q; want %q, %q", tt.document, got, said, tt.want, tt.err)
-		}
 	}
 }

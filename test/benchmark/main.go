@@ -25,6 +25,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/edgeward/edgeward/test/benchmark/figures"
 	"github.com/edgeward/edgeward/test/rig"
 )
 
@@ -50,7 +51,7 @@ func main() {
 	flag.IntVar(&opts.decisions, "decisions", 100000, "decisions in the table")
 	flag.DurationVar(&opts.patience, "patience", time.Minute, "time in all to wait for a quiet machine")
 	flag.StringVar(&opts.benchtime, "benchtime", "100ms", "as in go test, for the decision engine")
-	flag.BoolVar(&opts.readme, "readme", false, "rewrite the README's tables")
+	flag.BoolVar(&opts.readme, "readme", false, "rewrite the tables of docs/benchmarks.md")
 	flag.Func("only", "measure only the lines that match this expression; \"engine\" is all of the engine's", func(text string) (err error) {
 		opts.only, err = regexp.Compile(text)
 		return err
@@ -93,12 +94,12 @@ func run(ctx context.Context, opts options, out io.Writer) error {
 		section(memoryMarkdown(memory))
 	}
 	if opts.readme {
-		machine, err := machineName()
+		machine, err := figures.Machine()
 		if err != nil {
 			return err
 		}
 		report = slices.Insert(report, 0, "`make bench` measures this on your machine; here it was "+machine+".\n")
-		if err := writeReadme(opts.root, strings.Join(report, "\n")); err != nil {
+		if err := figures.WriteReadme(opts.root, "bench", strings.Join(report, "\n")); err != nil {
 			return err
 		}
 	}

@@ -3,9 +3,9 @@ package main
 import (
 	"context"
 	"fmt"
-	"strconv"
 	"time"
 
+	"github.com/edgeward/edgeward/test/benchmark/figures"
 	"github.com/edgeward/edgeward/test/rig"
 )
 
@@ -26,7 +26,7 @@ func measureMemory(ctx context.Context, opts options) ([]memory, error) {
 	}
 	sizes := []size{{"Traefik without plugins", -1}}
 	for _, n := range []int{0, opts.decisions * 15 / 100, opts.decisions} {
-		sizes = append(sizes, size{"with the plugin, " + thousands(n) + " decisions", n})
+		sizes = append(sizes, size{"with the plugin, " + figures.Thousands(n) + " decisions", n})
 	}
 	var all []memory
 	for _, s := range sizes {
@@ -97,13 +97,4 @@ func loadTable(ctx context.Context, traefik *rig.Traefik, n int) error {
 		return err
 	}
 	return prove(ctx, traefik, r, held)
-}
-
-// thousands writes 15000 as 15,000.
-func thousands(n int) string {
-	text := strconv.Itoa(n)
-	for i := len(text) - 3; i > 0; i -= 3 {
-		text = text[:i] + "," + text[i:]
-	}
-	return text
 }

@@ -1,42 +1,18 @@
 package main
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"time"
+
+	"github.com/edgeward/edgeward/test/benchmark/figures"
 )
 
-// table writes a Markdown table.
-func table(rows [][]string) string {
-	var b strings.Builder
-	for i, row := range rows {
-		fmt.Fprintf(&b, "| %s |\n", strings.Join(row, " | "))
-		if i == 0 {
-			b.WriteString("|---" + strings.Repeat("|---:", len(row)-1) + "|\n")
-		}
-	}
-	return b.String()
-}
+type spread = figures.Spread[time.Duration]
 
-// spread is the middle, least and most of some durations.
-type spread struct{ median, least, most time.Duration }
-
-func spreadOf(all []time.Duration) spread {
-	all = slices.Sorted(slices.Values(all))
-	middle := all[len(all)/2]
-	if len(all)%2 == 0 {
-		middle = (all[len(all)/2-1] + middle) / 2
-	}
-	return spread{middle, all[0], all[len(all)-1]}
-}
-
-func (s spread) String() string {
-	return fmt.Sprintf("%.1f (%.1f to %.1f)", micro(s.median), micro(s.least), micro(s.most))
+// show writes a spread in microseconds.
+func show(s spread) string {
+	return fmt.Sprintf("%.1f (%.1f to %.1f)", micro(s.Median), micro(s.Least), micro(s.Most))
 }
 
 // over is the spread of what one route took beyond another, round by round: what
@@ -50,29 +26,22 @@ func (f *requestFigures) over(r *route) (s spread, ok bool) {
 	for round, took := range r.took {
 		more = append(more, took-f.routes[i].took[round])
 	}
-	return spreadOf(more), true
+	return figures.SpreadOf(more), true
 }
 
 func (f *requestFigures) markdown() string {
 	rows := [][]string{{"µs of CPU for a request", "median (least to most)", "over the empty plugin", "goal"}}
 	for _, r := range f.routes {
-		row := []string{r.name, spreadOf(r.took).String(), "", ""}
+		row := []string{r.name, show(figures.SpreadOf(r.took)), "", ""}
 		if s, ok := f.over(r); ok {
-			row[2] = s.String()
+			row[2] = show(s)
 			if r.goal > 0 {
-				row[3] = fmt.Sprintf("%.0f: ", micro(r.goal)) + held(s.median <= r.goal)
+				row[3] = fmt.Sprintf("%.0f: ", micro(r.goal)) + figures.Held(s.Median <= r.goal)
 			}
 		}
 		rows = append(rows, row)
 	}
-	return table(rows)
-}
-
-func held(ok bool) string {
-	if ok {
-		return "held"
-	}
-	return "missed"
+	return figures.Table(rows)
 }
 
 // note says what the table rests on.
@@ -83,7 +52,7 @@ tenth of them ranges and a fifth IPv6. Proxied requests carry X-Forwarded-For an
 are compared with the empty plugin under the same. While this was measured,
 everything else used %.0f %% of the machine. Without requests this Traefik used
 %.2f %% of a processor, polls of LAPI included.`,
-		f.options.rounds, thousands(f.options.requests), thousands(f.options.clients), thousands(f.options.decisions), 100*f.others, 100*f.idle)
+		f.options.rounds, figures.Thousands(f.options.requests), figures.Thousands(f.options.clients), figures.Thousands(f.options.decisions), 100*f.others, 100*f.idle)
 }
 
 func memoryMarkdown(all []memory) string {
@@ -91,7 +60,7 @@ func memoryMarkdown(all []memory) string {
 	for _, m := range all {
 		rows = append(rows, []string{m.name, megabytes(m.resident), megabytes(m.peak), megabytes(m.live)})
 	}
-	return table(rows)
+	return figures.Table(rows)
 }
 
 func megabytes(n int64) string { return fmt.Sprintf("%.0f", float64(n)/(1<<20)) }
@@ -109,36 +78,5 @@ func (f *engineFigures) markdown() string {
 		}
 		rows = append(rows, row)
 	}
-	return table(rows)
-}
-
-const blockBegin, blockEnd = "<!-- bench -->\n", "<!-- /bench -->"
-
-// replaceBlock puts text between the marks of a document.
-func replaceBlock(document []byte, text string) ([]byte, error) {
-	before, rest, ok := bytes.Cut(document, []byte(blockBegin))
-	if !ok {
-		return nil, errors.New("it has no " + strings.TrimSpace(blockBegin))
-	}
-	_, after, ok := bytes.Cut(rest, []byte(blockEnd))
-	if !ok {
-		return nil, errors.New("it has no " + blockEnd)
-	}
-	return slices.Concat(before, []byte(blockBegin), []byte(strings.TrimSpace(text)+"\n"), []byte(blockEnd), after), nil
-}
-
-// writeReadme rewrites what the README says about costs.
-func writeReadme(root, text string) error {
-	path := filepath.Join(root, "README.md")
-	document, err := os.ReadFile(path)
-	if err != nil {
-		return fmt.Errorf("rewrite the README: %w", err)
-	}
-	if document, err = replaceBlock(document, text); err != nil {
-		return fmt.Errorf("rewrite the README: %w", err)
-	}
-	if err := os.WriteFile(path, document, 0o644); err != nil {
-		return fmt.Errorf("rewrite the README: %w", err)
-	}
-	return nil
+	return figures.Table(rows)
 }

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/edgeward/edgeward/test/benchmark/figures"
 	"github.com/edgeward/edgeward/test/rig"
 )
 
@@ -192,18 +193,18 @@ func measureRequests(ctx context.Context, opts options) (*requestFigures, error)
 		if r.proxied {
 			s = proxied
 		}
-		before, err := cpuOf(traefik.PID())
+		before, err := figures.CPU(traefik.PID())
 		if err != nil {
 			return 0, 0, err
 		}
-		watch, err := watchMachine(traefik.PID())
+		watch, err := figures.WatchMachine(traefik.PID())
 		if err != nil {
 			return 0, 0, err
 		}
 		if err := s.run(r.host+".test", n); err != nil {
 			return 0, 0, err
 		}
-		after, err := cpuOf(traefik.PID())
+		after, err := figures.CPU(traefik.PID())
 		if err != nil {
 			return 0, 0, err
 		}
@@ -345,14 +346,14 @@ var heapAlloc = regexp.MustCompile(`(?m)^# HeapAlloc = (\d+)$`)
 // idleShare measures what Traefik uses while nobody asks, polls of LAPI
 // included, as a share of one processor.
 func idleShare(ctx context.Context, traefik *rig.Traefik, d time.Duration) (float64, error) {
-	before, err := cpuOf(traefik.PID())
+	before, err := figures.CPU(traefik.PID())
 	if err != nil {
 		return 0, err
 	}
 	if err := wait(ctx, d); err != nil {
 		return 0, err
 	}
-	after, err := cpuOf(traefik.PID())
+	after, err := figures.CPU(traefik.PID())
 	return float64(after-before) / float64(d), err
 }
 

@@ -1,4 +1,4 @@
-package main
+package figures
 
 import (
 	"fmt"
@@ -11,24 +11,30 @@ import (
 	"time"
 )
 
-// watchMachine begins to watch who uses the machine. The function it returns
-// tells what share of all processors went to others than a process and this
-// process since then: figures from a busy machine are not worth much.
-func watchMachine(pid int) (others func() (float64, error), err error) {
+// WatchMachine begins to watch who uses the machine. The function it returns
+// tells what share of all processors went, since then, to others than this
+// process, its children that have ended, and those processes: figures from a busy
+// machine are not worth much.
+func WatchMachine(pids ...int) (others func() (float64, error), err error) {
 	read := func() (foreign time.Duration, err error) {
-		machine, err := machineCPU()
-		if err != nil {
+		if foreign, err = machineCPU(); err != nil {
 			return 0, err
 		}
-		measured, err := cpuOf(pid)
-		if err != nil {
-			return 0, err
+		for _, pid := range pids {
+			measured, err := CPU(pid)
+			if err != nil {
+				return 0, err
+			}
+			foreign -= measured
 		}
-		var own syscall.Rusage
-		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &own); err != nil {
-			return 0, fmt.Errorf("read the processor time of this process: %w", err)
+		for _, who := range []int{syscall.RUSAGE_SELF, syscall.RUSAGE_CHILDREN} {
+			var own syscall.Rusage
+			if err := syscall.Getrusage(who, &own); err != nil {
+				return 0, fmt.Errorf("read the processor time of this process: %w", err)
+			}
+			foreign -= time.Duration(own.Utime.Nano() + own.Stime.Nano())
 		}
-		return machine - measured - time.Duration(own.Utime.Nano()+own.Stime.Nano()), nil
+		return foreign, nil
 	}
 	before, err := read()
 	if err != nil {
@@ -66,10 +72,10 @@ func machineCPU() (time.Duration, error) {
 	return time.Duration(ticks) * tick, nil
 }
 
-// cpuOf returns the processor time of a process, user and system together, to
+// CPU returns the processor time of a process, user and system together, to
 // the nanosecond: /proc/PID/stat counts in steps of 10 ms, too coarse for a
 // turn. Threads that have ended are missing; a Go program keeps its own.
-func cpuOf(pid int) (time.Duration, error) {
+func CPU(pid int) (time.Duration, error) {
 	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
 	if err != nil || len(threads) == 0 {
 		return 0, fmt.Errorf("read the processor time of process %d: it has no threads: %w", pid, err)
@@ -89,8 +95,8 @@ func cpuOf(pid int) (time.Duration, error) {
 	return total, nil
 }
 
-// machineName says what the processors are.
-func machineName() (string, error) {
+// Machine says what the processors are.
+func Machine() (string, error) {
 	info, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil {
 		return "", fmt.Errorf("read what the machine is: %w", err)
