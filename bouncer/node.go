@@ -70,6 +70,7 @@ type snapshotState struct {
 // decisions changed, they are saved.
 const (
 	verifyInterval = 30 * time.Second
+	verifyRetry    = 100 * time.Millisecond // at first: nothing may be enforced meanwhile
 	guardInterval  = 15 * time.Second
 	saveInterval   = 5 * time.Minute
 )
@@ -93,7 +94,7 @@ func newBouncer(c Config, k kernel, g *guard, now func() time.Time, log *slog.Lo
 		b.log.Warn("cannot read the operator's orders: none is in force, give them again", "err", err)
 	}
 	b.enforcer.orders.Store(&orders)
-	b.loop = reconcile.New(reconcile.Config{Name: "kernel", Turn: b.turn, Interval: verifyInterval, Limit: 5 * time.Minute, Log: log})
+	b.loop = reconcile.New(reconcile.Config{Name: "kernel", Turn: b.turn, Interval: verifyInterval, Limit: 5 * time.Minute, Retry: verifyRetry, Log: log})
 	if err := b.enforcer.start(); err != nil {
 		return nil, err
 	}
