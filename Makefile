@@ -26,9 +26,9 @@ help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: tools ## Run the whole gateway on this machine; ONCE=1 proves each step and exits
+demo: tools ## Run the whole gateway on this machine; ONCE=1 proves it and exits, FROM=10 is the kernel
 	@$(GO) build -o dist/demo ./test/demo
-	@exec dist/demo $(if $(ONCE),-once)
+	@exec dist/demo $(if $(ONCE),-once) $(if $(FROM),-from $(FROM))
 
 .PHONY: test
 test: test-plan tools lint test-race test-interpreted test-real ## Prove everything on the real tools: 10 minutes, 40 the first time

@@ -1,8 +1,8 @@
 // Package netns gives tests networks of their own: namespaces, the cables
 // between them, and traffic through those. What a test does there ends with it
 // and reaches nothing outside. It needs root, and fails where it is not given:
-// a test of the kernel that skips has shown nothing. Tests and benchmarks call it,
-// and the bouncer's probe, which tests a node where it stands, calls Attach.
+// a test of the kernel that skips has shown nothing. Tests, benchmarks and the demo
+// call it; the bouncer's probe, which tests a node where it stands, calls Attach.
 package netns
 
 import (

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -20,7 +21,7 @@ import (
 // TestMain makes the test binary the demo itself where a test asks for it.
 func TestMain(m *testing.M) {
 	if os.Getenv("DEMO_ITSELF") != "" {
-		os.Args = os.Args[:1]
+		os.Args = append(os.Args[:1], strings.Fields(os.Getenv("DEMO_ITSELF"))...)
 		main()
 		return
 	}
@@ -33,13 +34,13 @@ func TestEveryStepHolds(t *testing.T) {
 	defer cancel()
 	var out bytes.Buffer
 	began := time.Now()
-	err := run(ctx, &out, true)
+	err := run(ctx, &out, true, 1)
 	t.Logf("the story took %s:\n%s", spoken(time.Since(began)), out.String())
 	if err != nil {
 		t.Error(err)
 	}
-	if got := len(regexp.MustCompile(`(?m)^\d  `).FindAllString(out.String(), -1)); got != 9 {
-		t.Errorf("%d steps were played, want 9", got)
+	if got := len(regexp.MustCompile(`(?m)^\d+  `).FindAllString(out.String(), -1)); got != 14 {
+		t.Errorf("%d steps were played, want 14", got)
 	}
 	for line := range strings.Lines(out.String()) {
 		// How long the path of the temporary directory is, is not ours to say.
@@ -64,7 +65,7 @@ func TestFailedStepIsNamed(t *testing.T) {
 		scene("second", errors.New("got 200, want 403")),
 		scene("third", nil),
 		scene("fourth", errors.New("timed out")),
-	})
+	}, 1)
 	if diff := cmp.Diff([]string{"first", "second", "third", "fourth"}, played); diff != "" {
 		t.Errorf("steps played (-want +got):\n%s", diff)
 	}
@@ -83,7 +84,7 @@ func TestInterruptedStoryEnds(t *testing.T) {
 	failed := play(ctx, newStory(&out), []step{
 		{"cut", func(context.Context) error { cancel(); return ctx.Err() }},
 		{"never", func(context.Context) error { t.Error("a step was played after the end"); return nil }},
-	})
+	}, 1)
 	if len(failed) > 0 {
 		t.Errorf("steps %q failed, want none: they were interrupted", failed)
 	}
@@ -93,49 +94,105 @@ func TestInterruptedStoryEnds(t *testing.T) {
 // middle of the story.
 func TestNothingIsLeftBehind(t *testing.T) {
 	for _, test := range []struct {
-		name string
-		end  func(shell, demo int) error
+		name  string
+		from  int
+		at    string // it ends when this has been said
+		end   func(shell, demo int) error
+		files bool // are left, because nobody is there to remove them
 	}{
-		{"interrupt", func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }},
-		{"terminate", func(_, demo int) error { return syscall.Kill(demo, syscall.SIGTERM) }},
-		{"the parent is killed", func(shell, _ int) error { return syscall.Kill(shell, syscall.SIGKILL) }},
+		{name: "interrupt", from: 1, at: "\n2  ", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }},
+		{name: "interrupt while packets fly", from: 13, at: "on-node nft flush ruleset", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }},
+		{name: "terminate", from: 1, at: "\n2  ", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGTERM) }},
+		{name: "the parent is killed", from: 1, at: "\n2  ", end: func(shell, _ int) error { return syscall.Kill(shell, syscall.SIGKILL) }},
+		{name: "killed", from: 10, at: "cscli decisions add", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGKILL) }, files: true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			dir := t.TempDir()
-			log := filepath.Join(t.TempDir(), "log")
-			cmd := exec.CommandContext(ctx, "sh", "-c", `"$0" >"$1" 2>&1 & echo $!; wait $!`, os.Args[0], log)
-			cmd.Env = append(os.Environ(), "DEMO_ITSELF=1", "TMPDIR="+dir)
-			cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-			out, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
+			shell, demo, said := begin(ctx, t, dir, fmt.Sprintf("-from %d", test.from), os.Args[0])
+			wait(ctx, t, "the step", said, func() bool { return strings.Contains(said(), test.at) })
+			networks := networksOf(t, dir)
+			if len(networks) != 2 {
+				t.Errorf("the processes of the demo are in %d networks, want the machine's and the node's", len(networks))
 			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			demo := 0
-			said := func() string { text, _ := os.ReadFile(log); return string(text) }
-			if _, err := fmt.Fscan(out, &demo); err != nil {
-				t.Fatal(err)
-			}
-			wait(ctx, t, "the second step", said, func() bool { return strings.Contains(said(), "\n2  ") })
-			if err := test.end(cmd.Process.Pid, demo); err != nil {
+			// The number of a network that is gone is soon another's, so those who
+			// were in it are watched: a network lives as long as they do.
+			users := networkUsers(t, networks)
+			if err := test.end(shell.Process.Pid, demo); err != nil {
 				t.Fatal(err)
 			}
 			began := time.Now()
 			wait(ctx, t, "the demo's end", said, func() bool { return gone(demo) })
 			t.Logf("the demo ended after %s", spoken(time.Since(began)))
-			_ = cmd.Wait() // with an error where the shell was killed
+			_ = shell.Wait() // with an error where the shell was killed
 			if strings.Contains(said(), "FAILED") {
 				t.Errorf("an interrupted step counts as failed:\n%s", said())
 			}
-			wantEmpty(t, dir)
-			wantNobodyIn(t, dir)
+			if test.files {
+				// Who is killed together with the demo may take a moment to go.
+				wait(ctx, t, "the end of what the demo started", said, func() bool { return len(processesIn(t, dir)) == 0 })
+			} else {
+				wantEmpty(t, dir)
+			}
+			if left := processesIn(t, dir); len(left) > 0 {
+				t.Errorf("processes %v are left behind", left)
+			}
+			for _, process := range users {
+				if !gone(process) {
+					t.Errorf("process %d keeps the node's network", process)
+				}
+			}
 		})
 	}
+}
+
+// TestKernelLayerIsLeftOut: who may make no network has the ingress all the same,
+// and is told of the rest.
+func TestKernelLayerIsLeftOut(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	dir := t.TempDir()
+	shell, _, said := begin(ctx, t, dir, "-once -from 9", "setpriv", "--bounding-set=-sys_admin", os.Args[0])
+	if err := shell.Wait(); err == nil {
+		t.Errorf("-once succeeds without the kernel layer:\n%s", said())
+	}
+	for _, want := range []string{
+		"The kernel layer is left out: it needs root and namespaces (sudo make demo).\n",
+		"\n9  ",
+		"demo: the steps in the kernel were not played: they need root and network namespaces: ",
+	} {
+		if !strings.Contains(said(), want) {
+			t.Errorf("the demo does not say %q:\n%s", want, said())
+		}
+	}
+	if strings.Contains(said(), "\n10  ") || strings.Contains(said(), "FAILED") {
+		t.Errorf("the demo said:\n%s", said())
+	}
+	wantEmpty(t, dir)
+}
+
+// begin starts the demo below a shell, and returns the shell, the demo's process
+// id, and what it has said so far.
+func begin(ctx context.Context, t *testing.T, dir, flags string, command ...string) (shell *exec.Cmd, demo int, said func() string) {
+	t.Helper()
+	log := filepath.Join(t.TempDir(), "log")
+	script := `log=$1; shift; "$@" >"$log" 2>&1 & echo $!; wait $!`
+	shell = exec.CommandContext(ctx, "sh", append([]string{"-c", script, "sh", log}, command...)...)
+	shell.Env = append(os.Environ(), "DEMO_ITSELF="+flags, "TMPDIR="+dir)
+	shell.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	out, err := shell.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := shell.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Fscan(out, &demo); err != nil {
+		t.Fatal(err)
+	}
+	return shell, demo, func() string { text, _ := os.ReadFile(log); return string(text) }
 }
 
 // wait waits for something to come true, and shows what the demo said if it
@@ -166,8 +223,9 @@ func wantEmpty(t *testing.T, dir string) {
 	}
 }
 
-// wantNobodyIn demands that no process works below dir: LAPI and Traefik do.
-func wantNobodyIn(t *testing.T, dir string) {
+// processesIn returns the processes that work below dir: LAPI, Traefik and the
+// node bouncer do.
+func processesIn(t *testing.T, dir string) (ids []string) {
 	t.Helper()
 	links, err := filepath.Glob("/proc/[0-9]*/cwd")
 	if err != nil {
@@ -175,7 +233,45 @@ func wantNobodyIn(t *testing.T, dir string) {
 	}
 	for _, link := range links {
 		if at, err := os.Readlink(link); err == nil && strings.HasPrefix(at, dir) {
-			t.Errorf("process %s is left behind", strings.Split(link, "/")[2])
+			ids = append(ids, strings.Split(link, "/")[2])
 		}
 	}
+	return ids
+}
+
+// networksOf returns the networks that the processes below dir are in.
+func networksOf(t *testing.T, dir string) map[string]bool {
+	t.Helper()
+	networks := map[string]bool{}
+	for _, id := range processesIn(t, dir) {
+		if network, err := os.Readlink("/proc/" + id + "/ns/net"); err == nil {
+			networks[network] = true
+		}
+	}
+	return networks
+}
+
+// networkUsers returns the processes that are in one of some networks, or hold it
+// open; that of the test itself does not count.
+func networkUsers(t *testing.T, networks map[string]bool) (ids []int) {
+	t.Helper()
+	// Of this thread: the first of the process may have been left in another.
+	own, err := os.Readlink("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pattern := range []string{"/proc/[0-9]*/ns/net", "/proc/[0-9]*/fd/*"} {
+		links, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, link := range links {
+			if network, err := os.Readlink(link); err == nil && network != own && networks[network] {
+				if id, err := strconv.Atoi(strings.Split(link, "/")[2]); err == nil {
+					ids = append(ids, id)
+				}
+			}
+		}
+	}
+	return ids
 }

@@ -36,6 +36,8 @@ type gateway struct {
 	lapi    *rig.LAPI
 	traefik *rig.Traefik
 	origin  *rig.Origin
+	node    *node // nil where barred says why
+	barred  error
 
 	bin      string                  // directory of the commands to type
 	dynamic  string                  // Traefik's dynamic configuration, with REVISION in it
@@ -61,7 +63,7 @@ func open(ctx context.Context, s *story) (_ *gateway, err error) {
 	if g.origin, err = rig.StartOrigin(life); err != nil {
 		return nil, err
 	}
-	if g.lapi, err = rig.StartLAPI(life, rig.LAPIOptions{}); err != nil {
+	if g.lapi, err = rig.StartLAPI(life, rig.LAPIOptions{Socket: true}); err != nil {
 		return nil, err
 	}
 	key, err := g.lapi.AddBouncer(ctx, "demo")
@@ -100,6 +102,15 @@ http:
 	if err := g.commands(ctx); err != nil {
 		return nil, err
 	}
+	if g.barred = closedDoor(ctx); g.barred != nil {
+		return g, nil
+	}
+	if g.node, err = openNode(ctx, life, g); err != nil {
+		return nil, err
+	}
+	if err := g.node.addCommands(); err != nil {
+		return nil, err
+	}
 	return g, nil
 }
 
@@ -132,6 +143,9 @@ func (g *gateway) close() error {
 	for _, client := range g.clients {
 		client.CloseIdleConnections()
 	}
+	if g.node != nil {
+		errs = append(errs, g.node.close())
+	}
 	if g.traefik != nil {
 		errs = append(errs, g.traefik.Close())
 	}
@@ -152,18 +166,21 @@ func (g *gateway) site() string { return strings.TrimPrefix(g.traefik.URL, "http
 // told once ends too soon to type along.
 func (g *gateway) introduce(once bool) {
 	g.say("up after %s, all on loopback; each client has an address in 127.0.0.0/8\n", spoken(time.Since(g.began)))
+	if g.barred != nil {
+		g.say("The kernel layer is left out: it needs root and namespaces (sudo make demo).")
+	}
 	if !once {
 		g.say("To type along, in another shell:\n    export PATH=%s:$PATH", g.bin)
 	}
-	g.say("The plugin asks LAPI every %s here; 10 s is the default.", pollInterval)
+	g.say("Plugin and node bouncer ask LAPI every %s here; 10 s is the default.", pollInterval)
 }
 
 // invite says what there is to play with while the demo stays up.
 func (g *gateway) invite(failed []string) {
 	if len(failed) == 0 {
-		g.say("\nEvery step held. The gateway stays up until Ctrl-C. In another shell:\n")
+		g.say("\nEvery step held. The gateway stays up until Ctrl-C. In another shell\nof the same user:\n")
 	} else {
-		g.say("\n%d of the steps did not hold. The gateway stays up until Ctrl-C. In another\nshell:\n", len(failed))
+		g.say("\n%d of the steps did not hold. The gateway stays up until Ctrl-C. In another\nshell of the same user:\n", len(failed))
 	}
 	g.say(`  export PATH=%[1]s:$PATH
   curl -i --interface 127.0.0.2 %[2]s
@@ -172,8 +189,7 @@ func (g *gateway) invite(failed []string) {
   cscli decisions delete --ip 127.0.0.2
   for i in 1 2 3 4; do curl -si --interface 127.0.0.2 %[2]s/login; done
   kill -STOP %[3]d; sleep 5; kill -CONT %[3]d     # LAPI hangs for a while
-
-  configuration  %[4]s
+%[10]s  configuration  %[4]s
                  %[5]s
   refusals       %[6]s
   LAPI           %[7]s, log in
@@ -181,7 +197,7 @@ func (g *gateway) invite(failed []string) {
   Traefik        %[9]s/api/rawdata`,
 		g.bin, g.site(), g.lapi.PID(),
 		filepath.Join(g.traefik.Dir, "traefik.yml"), filepath.Join(g.traefik.Dir, "dynamic", "dynamic.yml"),
-		filepath.Join(g.traefik.Dir, "traefik.log"), g.lapi.URL, filepath.Join(g.lapi.Dir, "crowdsec.log"), g.traefik.APIURL)
+		filepath.Join(g.traefik.Dir, "traefik.log"), g.lapi.URL, filepath.Join(g.lapi.Dir, "crowdsec.log"), g.traefik.APIURL, g.node.invite())
 }
 
 // answer is what a client got.

@@ -1,11 +1,15 @@
-// Command demo shows the gateway's ingress at work on one machine: the real
+// Command demo shows the gateway at work on one machine. The ingress is the real
 // CrowdSec LAPI, the real Traefik with the bundled plugin, and an origin behind
-// them, all on loopback. It plays a storyboard of bans, limits and reloads, each
-// with the command that a user would type, what came of it and how long it took,
-// and then stays up to be played with until Ctrl-C.
+// them, all on loopback. The kernel layer is the real node bouncer on the same
+// LAPI, in a network namespace that is the node, with visitors in another. The
+// demo plays a storyboard of bans, limits, reloads and accidents, each with the
+// command that a user would type, what came of it and how long it took, and then
+// stays up to be played with until Ctrl-C.
 //
 // With -once it does not stay: it exits 0 only if every step held, and names
-// those that did not. It leaves no process and no file behind.
+// those that did not. It leaves no process, no network and no file behind. Who is
+// not root is given a user namespace to make the networks in; where neither is to
+// be had, the kernel layer is left out, and -once fails after the other steps.
 //
 // It proves what it shows and no more: the suites under test/e2e are the proof
 // of the rest. `make demo` calls it.
@@ -26,24 +30,26 @@ import (
 
 func main() {
 	once := flag.Bool("once", false, "end after the last step, with an error if one did not hold")
+	from := flag.Int("from", 1, "begin with step `N`; those in the kernel begin with 10")
 	flag.Parse()
+	knock()
 	// SIGPIPE, so that a reader of the output that goes away ends the demo
 	// cleanly too.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	defer stop()
 	ctx, cancel := untilOrphaned(ctx)
 	defer cancel()
-	if err := run(ctx, os.Stdout, *once); err != nil {
+	if err := run(ctx, os.Stdout, *once, *from); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
 }
 
-// run opens the gateway, plays the storyboard and, unless once, stays until ctx
-// ends.
-func run(ctx context.Context, out io.Writer, once bool) (err error) {
+// run opens the gateway, plays the storyboard from a step on and, unless once,
+// stays until ctx ends.
+func run(ctx context.Context, out io.Writer, once bool, from int) (err error) {
 	s := newStory(out)
-	s.say("edgeward: starting CrowdSec's LAPI, Traefik with the plugin, and an origin")
+	s.say("edgeward: starting CrowdSec's LAPI, Traefik with the plugin, and a node")
 	g, err := open(ctx, s)
 	if err != nil {
 		return err
@@ -51,7 +57,7 @@ func run(ctx context.Context, out io.Writer, once bool) (err error) {
 	defer func() { err = errors.Join(err, g.close()) }()
 
 	g.introduce(once)
-	failed := play(ctx, s, []step{
+	steps := []step{
 		{"A request goes through", g.passes},
 		{"A ban, and its end", g.banAndUnban},
 		{"A ban of a range", g.rangeBan},
@@ -61,7 +67,11 @@ func run(ctx context.Context, out io.Writer, once bool) (err error) {
 		{"A rate limit: 3 logins at once, then one every 2 s", g.rateLimit},
 		{"Observe mode logs what it would refuse, and refuses nothing", g.observe},
 		{"Traefik reloads its configuration under load", g.reload},
-	})
+	}
+	if g.node != nil {
+		steps = append(steps, g.node.steps()...)
+	}
+	failed := play(ctx, s, steps, from)
 	if ctx.Err() != nil {
 		if once {
 			return errors.New("interrupted before the last step")
@@ -71,6 +81,9 @@ func run(ctx context.Context, out io.Writer, once bool) (err error) {
 	if once {
 		if len(failed) > 0 {
 			return fmt.Errorf("%d of the steps did not hold: %s", len(failed), strings.Join(failed, "; "))
+		}
+		if g.barred != nil {
+			return fmt.Errorf("the steps in the kernel were not played: they need root and network namespaces: %w", g.barred)
 		}
 		s.say("\nEvery step held.")
 		return nil
@@ -87,10 +100,14 @@ type step struct {
 	act   func(context.Context) error
 }
 
-// play plays every step, whatever became of those before it, and returns the
-// titles of those that did not hold. It ends early only when ctx does.
-func play(ctx context.Context, s *story, steps []step) (failed []string) {
+// play plays every step beginning with number from, whatever became of those
+// before it, and returns the titles of those that did not hold. It ends early only
+// when ctx does.
+func play(ctx context.Context, s *story, steps []step, from int) (failed []string) {
 	for i, step := range steps {
+		if i+1 < from {
+			continue
+		}
 		s.title(i+1, step.title)
 		err := step.act(ctx)
 		if ctx.Err() != nil {

@@ -335,6 +335,15 @@ func (g *gateway) observe(ctx context.Context) error {
 
 func (g *gateway) reload(ctx context.Context) error {
 	const reloads, workers, banned = 20, 4, "127.0.0.6"
+	// Banned already, unless the story begins here.
+	if a, err := g.get(ctx, banned, "/"); err == nil && a.status != http.StatusForbidden {
+		if err := g.cscli(ctx, "decisions", "add", "--ip", banned, "--duration", "4h"); err != nil {
+			return err
+		}
+		if _, err := g.await(ctx, http.StatusForbidden, banned, prompt); err != nil {
+			return err
+		}
+	}
 	g.does(fmt.Sprintf("# %d clients without pause, one of them banned; %d reloads", workers+1, reloads))
 	var requests atomic.Int64
 	var group sync.WaitGroup

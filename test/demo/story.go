@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strings"
 	"time"
 )
@@ -54,6 +55,33 @@ func (s *story) held(took time.Duration, format string, args ...any) {
 
 // shows prints what a result consists of, below it.
 func (s *story) shows(format string, args ...any) { s.say("       "+format, args...) }
+
+// gaps are what is between the columns of a table.
+var gaps = regexp.MustCompile(` {3,}`)
+
+// quotes prints what a command wrote, and folds what is wider than the story.
+func (s *story) quotes(text string) {
+	const room = width - 7 // as shows indents
+	for line := range strings.Lines(text) {
+		line = strings.TrimRight(line, " \n")
+		if len(line) > room {
+			line = gaps.ReplaceAllString(line, "  ") // columns are lost anyway
+		}
+		for first := true; line != ""; first = false {
+			if !first {
+				line = "  " + line
+			}
+			rest := ""
+			if len(line) > room {
+				if at := strings.LastIndexByte(line[:room+1], ' '); at > 2 {
+					line, rest = strings.TrimRight(line[:at], " "), strings.TrimLeft(line[at:], " ")
+				}
+			}
+			s.shows("%s", line)
+			line = rest
+		}
+	}
+}
 
 // failed prints why a step did not hold, as long as that may be.
 func (s *story) failed(err error) {

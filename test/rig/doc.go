@@ -1,6 +1,7 @@
 // Package rig is the test bench: it starts the real CrowdSec LAPI and the real
-// Traefik on loopback, on free ports and in directories of their own, waits
-// until they serve, captures what they log, and stops them cleanly. Beside them
+// Traefik on loopback, on free ports and in directories of their own, and our node
+// bouncer in a network namespace, waits until they serve, captures what they log,
+// and stops them cleanly. Beside them
 // stand two servers that live in the test's own process: an origin that tells
 // what reached it, and a LAPI that misbehaves on command.
 //
