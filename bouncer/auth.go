@@ -71,7 +71,7 @@ const AuthPath = "/v1/auth"
 
 // What proxies are told, in the header X-Edgeward-Verdict and in metrics.
 const (
-	told = iota // pass
+	toldPass = iota // pass
 	toldRefuse
 	toldObserve
 	toldUnknown // nothing is known yet, and the endpoint fails closed
@@ -153,7 +153,7 @@ func (a *auth) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case v.Remediation == decision.Allow && known:
-		a.told[family][told].Add(1)
+		a.told[family][toldPass].Add(1)
 		header := w.Header()
 		header[verdictHeader] = passValue
 		header["Content-Length"] = noLength
@@ -171,14 +171,18 @@ func (a *auth) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (a *auth) judge(client netip.Addr) (decision.Verdict, bool) {
 	known := !a.config.Auth.FailClosed || a.enforcer.known.Load() // asked before the table is taken, which only gets better
 	r := a.enforcer.reading.Load()
-	if !covers(r.table, client) {
-		return decision.Verdict{}, known || r.guarded.holds(single(client))
+	covered := covers(r.table, client)
+	if known && !covered {
+		return decision.Verdict{}, true
 	}
 	if r.guarded.holds(single(client)) {
 		return decision.Verdict{}, true
 	}
 	if _, _, waived := a.enforcer.orders.Load().waives(client, a.now()); waived {
 		return decision.Verdict{}, true
+	}
+	if !covered {
+		return decision.Verdict{}, false
 	}
 	view := r.refused
 	if r.private.holds(single(client)) {

@@ -225,7 +225,7 @@ func (e *enforcer) follow(t *decision.Table, touched []netip.Prefix, full bool) 
 	e.known.Store(true)
 	e.note(func(r *report) { r.Fed = true })
 	if full {
-		e.jumped = false
+		e.jumped, e.looked = false, e.now()
 	}
 	return e.bring(t, touched, full)
 }
@@ -244,15 +244,24 @@ func (e *enforcer) bring(t *decision.Table, touched []netip.Prefix, full bool) e
 		return e.install("decisions arrived")
 	}
 	var changes []decision.Change
+	moved := 0 // ranges, each of which moves those behind it
 	if full {
 		// What ended since the last comparison has to be said, because the
 		// kernel may hold it under the class of a decision that is gone.
 		decision.EachChange(old.all, old.table, e.synced, r.all, r.table, now, slack, func(c decision.Change) bool {
 			changes = append(changes, c)
+			if !c.Prefix.IsSingleIP() {
+				moved++
+			}
 			return len(changes) <= many
 		})
 	}
-	if len(changes) > many || len(touched) > many+t.Len()/4 {
+	for _, p := range touched {
+		if !p.IsSingleIP() {
+			moved++
+		}
+	}
+	if len(changes) > many || len(touched) > many+t.Len()/4 || moved*(len(e.ranges)+moved) > manyMoves {
 		return e.install("many decisions changed")
 	}
 	w := e.begin(r, now)
@@ -284,6 +293,9 @@ func (e *enforcer) bring(t *decision.Table, touched []netip.Prefix, full bool) e
 // many is more changes than one transaction should gather in memory: an install
 // streams.
 const many = 20_000
+
+// manyMoves is more than to lay out all ranges anew costs.
+const manyMoves = 10_000_000
 
 // slack is how far two answers of LAPI may differ on when the same decision ends.
 const slack = 2 * time.Second
@@ -718,7 +730,7 @@ func (e *enforcer) turn(now time.Time) error {
 			w.regions = append(w.regions, e.region(single(s.from)))
 		}
 	}
-	if len(again)+len(w.regions) > many {
+	if moves := len(again) + len(w.regions); moves > many || moves*len(e.ranges) > manyMoves {
 		return e.install("many decisions ended")
 	}
 	for _, p := range again {
@@ -776,6 +788,10 @@ func (e *enforcer) verify() error {
 		return nil
 	}
 	e.review()
+	if e.jumped && e.installed && !e.config.hasLAPI() {
+		e.jumped = false // no full pull is on its way
+		return e.install("the clock jumped")
+	}
 	if !e.installed {
 		switch {
 		case e.ever:

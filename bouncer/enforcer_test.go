@@ -46,6 +46,7 @@ type stream struct {
 func newStream(t testing.TB, seed int64, k func(now func() time.Time) kernel) *stream {
 	s := &stream{clock: clock{epoch}, Rand: rand.New(rand.NewSource(seed)), t: t, store: decision.NewStore(), oracle: map[int]naive{}}
 	c := Defaults()
+	c.StateDir = ""
 	c.Decisions.Remediations = []Remediation{"ban", "captcha"}
 	c.Decisions.Fallback = "ban"
 	s.enforcer = newEnforcer(k(s.now), &c, s.now, slog.New(slog.DiscardHandler))

@@ -281,8 +281,9 @@ const (
 )
 
 // tunnels returns the networks of tunnels, such as WireGuard's, Tailscale's and
-// OpenVPN's: those that their interfaces are in, and those that routes of any
-// table lead into them.
+// OpenVPN's: those that their interfaces are in, and the private ones that routes
+// of any table lead into them. Public ones are not peers': whoever sends all but
+// the home network through a provider has half the world as routes.
 func tunnels(context.Context) ([]netip.Prefix, error) {
 	interfaces, err := net.Interfaces()
 	if err != nil {
@@ -325,8 +326,10 @@ func tunnels(context.Context) ([]netip.Prefix, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
+	private, _ := decision.Known("private")
+	ours := zoneOf(private)
 	for _, r := range routes {
-		if of[r.out] {
+		if of[r.out] && ours.holds(r.to.Masked()) {
 			add(r.to)
 		}
 	}

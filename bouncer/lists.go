@@ -303,7 +303,7 @@ func (b *Bouncer) lookAt(l *list) {
 	l.known = true
 	l.state.Entries, l.state.Unreadable, l.state.Read, l.state.Error = text.entries.len(), text.unreadable, now, ""
 	if added+removed > 0 {
-		b.feed.changed = now
+		b.feed.changes++
 	}
 	b.mu.Unlock()
 	b.log.Info("list read", "list", l.config.Name, "file", l.config.Path, "entries", text.entries.len(), "added", added, "removed", removed,

@@ -57,13 +57,14 @@ type feed struct {
 	Pulls, Fulls, Doubts uint64
 	Last, LastFull       time.Time
 	Skipped              map[string]uint64
-	changed              time.Time
+	changes              uint64
 }
 
 type snapshotState struct {
-	At   time.Time
-	Rows int
-	Err  error
+	At      time.Time
+	Rows    int
+	Err     error
+	changes uint64 // that were in it
 }
 
 // How often the kernel is looked at, what is protected is looked up, and, where
@@ -143,7 +144,10 @@ func (b *Bouncer) Run(ctx context.Context) error {
 	}()
 	err = b.loop.Run(ctx)
 	<-done
-	<-read
+	select {
+	case <-read:
+	case <-time.After(time.Second): // a disk hangs
+	}
 	b.save(true)
 	return err
 }
@@ -224,15 +228,19 @@ func (b *Bouncer) Sink() lapi.Sink {
 			b.delta.Add(&b.row)
 		},
 		Delete:     func(id int) { b.delta.Delete(id) },
-		Unreadable: func() { b.delta.Skipped["row"]++ },
+		Unreadable: func() { b.delta.Unreadable() },
 		Commit:     b.commit,
 	}
 }
 
 // commit applies the answer that has arrived whole.
 func (b *Bouncer) commit() (doubt bool) {
-	// What a predecessor enforces gives way to LAPI and lists together.
-	<-b.looked
+	// What a predecessor enforces gives way to LAPI and lists together; a list on
+	// a disk that hangs does not keep LAPI's bans out.
+	select {
+	case <-b.looked:
+	case <-time.After(patience):
+	}
 	b.feeding.Lock()
 	defer b.feeding.Unlock()
 	now := b.now()
@@ -261,7 +269,7 @@ func (b *Bouncer) commit() (doubt bool) {
 		b.feed.Doubts++
 	}
 	if changed {
-		b.feed.changed = now
+		b.feed.changes++ // only now: a save that began before lacks it
 	}
 	for reason, n := range d.Skipped {
 		b.feed.Skipped[reason] += uint64(n)
@@ -299,7 +307,7 @@ func (b *Bouncer) save(last bool) {
 	feed, saved := b.feed, b.saved
 	b.mu.Unlock()
 	now := b.now()
-	if feed.Fulls == 0 && b.config.hasLAPI() || !feed.changed.After(saved.At) || !last && now.Sub(saved.At) < saveInterval {
+	if feed.Fulls == 0 && b.config.hasLAPI() || feed.changes == saved.changes || !last && now.Sub(saved.At) < saveInterval {
 		return
 	}
 	rows, err := saveSnapshot(b.config.StateDir, b.enforcer.reading.Load().table, now)
@@ -308,7 +316,7 @@ func (b *Bouncer) save(last bool) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.saved = snapshotState{At: now, Rows: rows, Err: err}
+	b.saved = snapshotState{At: now, Rows: rows, Err: err, changes: feed.changes}
 }
 
 // Ready returns nil when the kernel really holds the bans that LAPI, or a

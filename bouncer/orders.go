@@ -171,6 +171,8 @@ func (e *enforcer) order(next Orders) (note string, err error) {
 	}
 	if err != nil {
 		e.orders.Store(&before)
+		// What the kernel holds of it is not known: our doing, and nobody else's.
+		e.installed = false
 		return "", err
 	}
 	e.orders.Store(&next)

@@ -2,6 +2,7 @@ package bouncer
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -261,6 +262,9 @@ func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
 		w.Decisions = append(w.Decisions, h)
 	}
 	found, err := b.kernel.Sample([]netip.Addr{addr})
+	if errors.Is(err, nft.ErrNotInstalled) {
+		found, err = []nft.Found{{}}, nil // as after cleanup
+	}
 	if err != nil {
 		return w, fmt.Errorf("ask the kernel about %v: %w", addr, err)
 	}
