@@ -230,7 +230,14 @@ func TestHundredThousandChanges(t *testing.T) {
 				if a.Is6() {
 					to = netip.AddrPortFrom(node6, server.Addr.Port())
 				}
-				if err := client.UDP(a, to); (err != nil) != drop {
+				err := client.UDP(a, to)
+				for range 3 { // a busy machine may be late, but no packet passes by chance
+					if err == nil || drop {
+						break
+					}
+					err = client.UDP(a, to)
+				}
+				if (err != nil) != drop {
 					t.Errorf("%s: a packet from %v: %v, want drop %v", what, a, err, drop)
 				}
 			})
