@@ -1,7 +1,7 @@
 // Package daemon is the process around the work of a node agent or a tunnel:
-// its life, its signals, its log, its HTTP endpoints and its version. A program
-// makes its parts, hands them over as Tasks, and Run does the rest, so that a
-// main function reads as a table of contents.
+// its life, its signals, its log, its HTTP endpoints, the socket for its command
+// line and its version. A program makes its parts, hands them over as Tasks, and
+// Run does the rest, so that a main function reads as a table of contents.
 //
 // It knows nothing of what the tasks do, restarts none of them (whoever
 // supervises the process does that, with a clean start), changes nothing in

@@ -1,0 +1,136 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// Socket answers the command line on a unix socket that the process's own user
+// alone may use. Make it with ListenSocket; it is a Task.
+type Socket struct {
+	server *http.Server
+	listen net.Listener
+}
+
+// Answers are what can be asked, by path: each returns what is shown as JSON.
+type Answers map[string]func(query url.Values) (any, error)
+
+// askTimeout is how long a question may take on the way in, and its answer on
+// the way out.
+const askTimeout = 10 * time.Second
+
+// ErrNotRunning says that nobody answers at a socket.
+var ErrNotRunning = errors.New("nobody answers")
+
+// ListenSocket takes the socket at path; what a predecessor that is gone left
+// there makes way, one that lives does not.
+func ListenSocket(path string, answers Answers, log *slog.Logger) (*Socket, error) {
+	wrap := func(err error) error { return fmt.Errorf("listen for the command line: %w", err) }
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, wrap(err)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		_ = c.Close()
+		return nil, fmt.Errorf("listen for the command line: another process answers at %s", path)
+	}
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() == os.ModeSocket {
+		if err := os.Remove(path); err != nil {
+			return nil, wrap(err)
+		}
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, wrap(err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(wrap(err), l.Close())
+	}
+	mux := http.NewServeMux()
+	for path, answer := range answers {
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
+			value, err := answer(r.URL.Query())
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
+			w.Header().Set("Content-Type", "application/json")
+			_ = json.NewEncoder(w).Encode(value)
+		})
+	}
+	return &Socket{listen: l, server: &http.Server{
+		Handler: mux, ReadTimeout: askTimeout, WriteTimeout: askTimeout, MaxHeaderBytes: headerLimit,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}}, nil
+}
+
+// String names the task.
+func (s *Socket) String() string { return "control socket" }
+
+// Run answers until ctx ends, and removes the socket.
+func (s *Socket) Run(ctx context.Context) error {
+	stopped := make(chan error, 1)
+	go func() { stopped <- s.server.Serve(s.listen) }()
+	select {
+	case err := <-stopped:
+		return fmt.Errorf("answer the command line: %w", err)
+	case <-ctx.Done():
+		err := s.server.Close()
+		<-stopped
+		return err
+	}
+}
+
+// Ask puts a question to the process at a socket and reads the answer into a
+// value. The error is ErrNotRunning where nobody answers.
+func Ask(ctx context.Context, socket, path string, query url.Values, into any) error {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			c, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+			if err != nil {
+				return nil, fmt.Errorf("%w at %s: %w", ErrNotRunning, socket, err)
+			}
+			return c, nil
+		},
+	}}
+	wrap := func(err error) error {
+		var failed *url.Error
+		if errors.As(err, &failed) {
+			err = failed.Err // its URL is of no meaning
+		}
+		return fmt.Errorf("ask the running process: %w", err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://process"+path+"?"+query.Encode(), nil)
+	if err != nil {
+		return wrap(err)
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return wrap(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(res.Body, 16<<20))
+	if err != nil {
+		return wrap(err)
+	}
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("ask the running process: %s", strings.TrimSpace(string(body)))
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return wrap(err)
+	}
+	return nil
+}

@@ -1,0 +1,59 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestSocket(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sub", "socket")
+	log := slog.New(slog.DiscardHandler)
+	answers := Answers{
+		"/v1/name": func(q url.Values) (any, error) { return "hello " + q.Get("who"), nil },
+		"/v1/fail": func(url.Values) (any, error) { return nil, errors.New("not an address") },
+	}
+	var got string
+	if err := Ask(t.Context(), path, "/v1/name", nil, &got); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("without a process: %v", err)
+	}
+	for range 2 { // the second takes the place of what the first left
+		s, err := ListenSocket(path, answers, log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("the socket is %v, %v", info.Mode(), err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- s.Run(ctx) }()
+		if err := Ask(t.Context(), path, "/v1/name", url.Values{"who": {"you"}}, &got); err != nil || got != "hello you" {
+			t.Errorf("%q, %v", got, err)
+		}
+		if err := Ask(t.Context(), path, "/v1/fail", nil, &got); err == nil || err.Error() != "ask the running process: not an address" {
+			t.Errorf("%v", err)
+		}
+		if err := Ask(t.Context(), path, "/v1/other", nil, &got); err == nil || !strings.Contains(err.Error(), "404") {
+			t.Errorf("%v", err)
+		}
+		if _, err := ListenSocket(path, answers, log); err == nil || !strings.Contains(err.Error(), "another process answers") {
+			t.Errorf("a second process: %v", err)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ListenSocket(path, answers, log); err == nil {
+		t.Error("a file that is no socket made way")
+	}
+}
