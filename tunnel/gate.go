@@ -1,0 +1,270 @@
+package tunnel
+
+import (
+	"errors"
+	"html/template"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/edgeward/edgeward/internal/decision"
+	"github.com/edgeward/edgeward/internal/lapi"
+)
+
+// Gate is what every request of a tunnel goes through before it leaves the
+// process. Make it with New, give its Sink to a decision stream, and hand For's
+// transports to the connectors. It may be used by any number of goroutines.
+type Gate struct {
+	setup    atomic.Pointer[setup]
+	feed     *feed
+	throttle *throttle
+	counts   *counts
+	refusals *paced // lines on refused requests
+	troubles *paced // lines on services that do not answer
+	log      *slog.Logger
+	now      func() time.Time
+	began    time.Time
+
+	mu sync.Mutex // one Apply at a time
+}
+
+// setup is a configuration ready for use.
+type setup struct {
+	config *Config
+	routes *routes
+	signer *Signer
+	page   *template.Template
+}
+
+// New makes the gate of a configuration. Without a good key, authority or page
+// where the configuration names one it fails: nothing is in force yet that could
+// stay.
+func New(c Config, log *slog.Logger) (*Gate, error) {
+	return newGate(c, time.Now, log)
+}
+
+func newGate(c Config, now func() time.Time, log *slog.Logger) (*Gate, error) {
+	log = log.With("component", "gate")
+	g := &Gate{
+		feed: newFeed(c.policy(), now, log), throttle: newThrottle(), counts: newCounts(),
+		refusals: newPaced(log, slog.LevelInfo), troubles: newPaced(log, slog.LevelWarn),
+		log: log, now: now, began: now(),
+	}
+	if err := g.Apply(c); err != nil {
+		return nil, err
+	}
+	return g, nil
+}
+
+// Apply puts a configuration in force, at once and for every tunnel; requests
+// under way end as they began. On an error nothing changes. What lapi, listen,
+// socket and logFormat say is for the next start. Applying the same
+// configuration again reads the files that it names again.
+func (g *Gate) Apply(c Config) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	before := g.setup.Load()
+	var had *routes
+	if before != nil {
+		had = before.routes
+	}
+	next := &setup{config: &c}
+	var errs [3]error
+	next.routes, errs[0] = newRoutes(&c, had)
+	next.page, errs[1] = readPage(c.Ban.PageFile)
+	next.signer, errs[2] = NewSigner(c.Identity)
+	if err := errors.Join(errs[:]...); err != nil {
+		return err
+	}
+	g.setup.Store(next)
+	g.feed.adopt(c.policy())
+	g.counts.name(next.routes.hosts())
+	had.retire(next.routes)
+	return nil
+}
+
+// Sink takes in the decision stream of the scopes in Scopes.
+func (g *Gate) Sink() lapi.Sink { return g.feed.sink() }
+
+// Known is closed when decisions are known, or at once where nobody makes any.
+// A connector does well to wait a little for that: hosts that fail closed would
+// refuse their first visitors.
+func (g *Gate) Known() <-chan struct{} {
+	if !g.setup.Load().config.hasLAPI {
+		now := make(chan struct{})
+		close(now)
+		return now
+	}
+	return g.feed.known
+}
+
+// For returns the way through the gate for the connector of one tunnel. It
+// routes only the hosts of that tunnel. It answers every request that it can
+// and returns an error only where the visitor is gone or a stream broke.
+func (g *Gate) For(tunnel string) http.RoundTripper { return entrance{g, tunnel} }
+
+type entrance struct {
+	gate   *Gate
+	tunnel string
+}
+
+// RoundTrip is http.RoundTripper.
+func (e entrance) RoundTrip(req *http.Request) (*http.Response, error) {
+	g := e.gate
+	set := g.setup.Load()
+	res, label, err := g.pass(set, e.tunnel, req)
+	switch {
+	case err != nil:
+		g.counts.request(label, 0)
+	default:
+		g.counts.request(label, res.StatusCode)
+	}
+	return res, err
+}
+
+// Hosts of requests that have no route, as metrics call them.
+const noHost = "none"
+
+// pass is the way of one request; label is what metrics call its host.
+func (g *Gate) pass(set *setup, tunnel string, req *http.Request) (res *http.Response, label string, err error) {
+	in, reason := read(req)
+	if reason != "" {
+		g.counts.malformed(reason)
+		g.troubles.line("request refused, it is not as the edge sends them", "reason", reason, "tunnel", tunnel,
+			"host", shortened(req.Host), "ray", shortened(req.Header.Get("Cf-Ray")))
+		return g.answer(set, req, refusal{Status: malformedStatus(reason), Reason: "This request makes no sense."}), noHost, nil
+	}
+	to := set.routes.find(tunnel, in.host, req.URL.Path)
+	label = noHost
+	if to != nil {
+		label = to.name
+	}
+	if set.config.hasLAPI {
+		if refused := g.judge(set, req, in, to); refused != nil {
+			return refused, label, nil
+		}
+	}
+	if to == nil {
+		return g.answer(set, req, refusal{Status: http.StatusNotFound, Reason: "There is no such site here.", Address: in.addr.String()}), label, nil
+	}
+	out := in.outgoing(req, to)
+	if set.signer != nil {
+		out.Header[IdentityHeader] = []string{set.signer.Sign(g.now(), in.scheme, in.addr, out.Method, out.Host)}
+	}
+	res, err = to.origin.transport(in.upgrade).RoundTrip(out)
+	if err != nil {
+		if req.Context().Err() != nil {
+			return nil, label, err // nobody is there to be told
+		}
+		return g.unanswered(set, req, to, err), label, nil
+	}
+	scrub(res)
+	return res, label, nil
+}
+
+// unanswered is what a visitor sees of a service that does not answer.
+func (g *Gate) unanswered(set *setup, req *http.Request, to *route, err error) *http.Response {
+	r := refusal{Status: http.StatusBadGateway, Reason: "The service behind this site does not answer."}
+	kind := "refused"
+	if dialTimedOut(err) {
+		r.Status, r.Reason, kind = http.StatusGatewayTimeout, "The service behind this site takes too long to answer.", "timeout"
+	}
+	g.counts.unanswered(to.name, kind)
+	g.troubles.line("origin service does not answer", "host", to.name, "service", to.to.String(), "err", err)
+	return g.answer(set, req, r)
+}
+
+// judge answers a request that must not pass, and returns nil for all others.
+func (g *Gate) judge(set *setup, req *http.Request, in *incoming, to *route) *http.Response {
+	now := g.now()
+	s := g.feed.seen.Load()
+	g.counts.processed(in.addr)
+	verdict := s.lookup(in.addr, in.country, now)
+	var r refusal
+	wait := 0
+	switch verdict.Remediation {
+	case decision.Allow:
+		if to == nil || !to.closed || !s.stale(now, set.config.Decisions.MaxAge) || decision.Contains(s.allow, in.addr.AsSlice()) {
+			return nil
+		}
+		wait = 60
+		r = refusal{Status: http.StatusServiceUnavailable, Reason: "This site cannot tell friend from foe just now. Try again in a minute.", slug: "stale"}
+	case decision.Throttle:
+		if wait = g.throttle.take(in.addr, now); wait == 0 {
+			return nil
+		}
+		r = refusal{Status: http.StatusTooManyRequests, Reason: "Too many requests.", slug: "throttle"}
+	default:
+		// A captcha is a ban where there is none to solve.
+		r = refusal{Status: set.config.Ban.Status, Reason: "Access from your network is blocked.", slug: "decision"}
+	}
+	r.Address, r.Decision = in.addr.String(), verdict.ID
+	observe := set.config.Mode == Observe
+	g.counts.refused(verdict, in.addr, r.slug, observe)
+	message := "request refused"
+	if observe {
+		message = "request would be refused"
+	}
+	attrs := []any{
+		"layer", "tunnel", "reason", r.slug, "status", r.Status, "address", r.Address, "method", shortened(req.Method),
+		"host", shortened(in.host), "path", shortened(req.URL.Path),
+	}
+	if verdict.Remediation != decision.Allow {
+		value := verdict.Prefix.String()
+		if !verdict.Prefix.IsValid() {
+			value = in.country
+		}
+		attrs = append(attrs, "decision", verdict.ID, "remediation", verdict.Remediation.Name(), "type", shortened(verdict.Type), "value", value,
+			"origin", shortened(verdict.Origin), "scenario", shortened(verdict.Scenario), "until", verdict.Until.UTC().Format(time.RFC3339))
+	}
+	g.refusals.line(message, attrs...)
+	if observe {
+		return nil
+	}
+	res := g.answer(set, req, r)
+	if wait > 0 {
+		res.Header.Set("Retry-After", strconv.Itoa(wait))
+	}
+	return res
+}
+
+// outgoing is the request as the origin service gets it.
+func (in *incoming) outgoing(req *http.Request, to *route) *http.Request {
+	out := req.WithContext(req.Context()) // a copy
+	out.URL = &url.URL{
+		Scheme: to.to.Scheme, Host: to.to.Host,
+		Path: req.URL.Path, RawPath: req.URL.RawPath, RawQuery: req.URL.RawQuery, ForceQuery: req.URL.ForceQuery,
+	}
+	out.Host = req.Host
+	if to.header != "" {
+		out.Host = to.header
+	}
+	out.RequestURI, out.Close, out.TransferEncoding, out.Header = "", false, nil, in.header
+	address := in.addr.String()
+	h := in.header
+	h["Cf-Connecting-Ip"] = []string{address}
+	h["X-Forwarded-For"] = []string{address}
+	h["X-Real-Ip"] = []string{address}
+	h["X-Forwarded-Proto"] = []string{in.scheme}
+	h["X-Forwarded-Host"] = []string{req.Host}
+	if in.upgrade {
+		h["Connection"] = []string{"Upgrade"}
+		h["Upgrade"] = []string{"websocket"}
+		out.Body, out.ContentLength = nil, 0
+	} else {
+		if in.trailers {
+			h["Te"] = []string{"trailers"}
+		}
+		if req.ContentLength == 0 {
+			out.Body = http.NoBody // as a server reads a request without a length
+		}
+	}
+	if _, ok := h["User-Agent"]; !ok {
+		h["User-Agent"] = []string{""} // or the transport would name itself
+	}
+	return out
+}

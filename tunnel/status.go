@@ -1,0 +1,214 @@
+package tunnel
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/edgeward/edgeward/internal/decision"
+)
+
+// Link is how the connector of one tunnel stands.
+type Link struct {
+	Tunnel string `json:"tunnel"`
+	ID     string `json:"id,omitempty"`
+	// Protocol is what is used, or what is being tried.
+	Protocol string `json:"protocol,omitempty"`
+	Wanted   int    `json:"wanted"`
+	// Refused says why the edge refuses the credentials for good, and what to
+	// do; empty while it does not.
+	Refused string `json:"refused,omitempty"`
+	// Trouble says why the connections are not what the configuration wants.
+	Trouble  string `json:"trouble,omitempty"`
+	InFlight int    `json:"inFlight"`
+	// Counts since the start: connections that were registered, lost, given up
+	// because nothing came through them, and let go in good order.
+	Registrations uint64       `json:"registrations"`
+	Lost          uint64       `json:"lost"`
+	Recycled      uint64       `json:"recycled"`
+	Drains        uint64       `json:"drains"`
+	Connections   []Connection `json:"connections"`
+}
+
+// Connection is one connection to the edge.
+type Connection struct {
+	Index      int       `json:"index"`
+	State      string    `json:"state"`
+	Registered bool      `json:"registered"`
+	Protocol   string    `json:"protocol,omitempty"`
+	Address    string    `json:"address,omitempty"`
+	Location   string    `json:"location,omitempty"`
+	Since      time.Time `json:"since,omitzero"`
+	Error      string    `json:"error,omitempty"`
+}
+
+// Calls are the calls of Cloudflare's API that were made.
+type Calls struct {
+	Made map[Call]uint64
+	Left int // until the quota ends; -1 where that is not known
+}
+
+// Call is a kind of call.
+type Call struct{ What, Outcome string }
+
+// Status is what /v1/status and the status command show.
+type Status struct {
+	Version string     `json:"version"`
+	Mode    Mode       `json:"mode"`
+	Since   time.Time  `json:"since"`
+	Ready   string     `json:"ready"` // "yes", or why not
+	LAPI    LAPIStatus `json:"lapi"`
+	Links   []Link     `json:"links"`
+	Hosts   []HostInfo `json:"hosts"`
+	// Decisions are the live ones on addresses that count here.
+	Decisions []Count `json:"decisions"`
+	// Cloudflare is what was found and done through the API.
+	Cloudflare any `json:"cloudflare,omitempty"`
+	// Trouble says why the configuration in force is not the file's; empty if
+	// it is.
+	Trouble string `json:"trouble,omitempty"`
+}
+
+// LAPIStatus is how the stream of decisions stands.
+type LAPIStatus struct {
+	URL          string            `json:"url,omitempty"` // empty without LAPI
+	LastPull     time.Time         `json:"lastPull,omitzero"`
+	LastFullPull time.Time         `json:"lastFullPull,omitzero"`
+	Skipped      map[string]uint64 `json:"skipped,omitempty"`
+	// Answering is false where no pull has come in for three intervals.
+	Answering bool `json:"answering"`
+}
+
+// HostInfo is a host as it is routed.
+type HostInfo struct {
+	Host     Host     `json:"host"`
+	Path     string   `json:"path,omitempty"`
+	Tunnel   string   `json:"tunnel,omitempty"`
+	Service  Service  `json:"service"`
+	Fail     Fail     `json:"fail"`
+	Exposure Exposure `json:"exposure"`
+}
+
+// knows returns what is known of LAPI.
+func (f *feed) knows() told {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out := f.told
+	out.Skipped = maps.Clone(out.Skipped)
+	return out
+}
+
+// Status tells how the gate stands, with the connectors that links reports.
+func (g *Gate) Status(links []Link) Status {
+	c := g.setup.Load().config
+	told := g.feed.knows()
+	s := Status{
+		Version: Version, Mode: c.Mode, Since: g.began, Ready: "yes", Links: links, Hosts: []HostInfo{}, Decisions: g.feed.tally(),
+	}
+	if c.hasLAPI {
+		s.LAPI = LAPIStatus{
+			URL: c.LAPI.URL, LastPull: told.Last, LastFullPull: told.LastFull, Skipped: told.Skipped,
+			Answering: g.now().Sub(told.Last) < 3*c.LAPI.Interval+c.LAPI.Timeout,
+		}
+	}
+	for _, h := range c.Hosts {
+		s.Hosts = append(s.Hosts, HostInfo{h.Host, h.Path, h.Tunnel, h.Service, h.Fail, h.Exposure})
+	}
+	if err := Ready(links); err != nil {
+		s.Ready = err.Error()
+	}
+	return s
+}
+
+// Ready returns nil where at least one connection of any tunnel is registered;
+// otherwise why not.
+func Ready(links []Link) error {
+	var why []string
+	for _, l := range links {
+		reason := cmp.Or(l.Refused, l.Trouble)
+		for _, c := range l.Connections {
+			if c.Registered {
+				return nil
+			}
+			reason = cmp.Or(reason, c.Error)
+		}
+		if reason != "" {
+			why = append(why, fmt.Sprintf("tunnel %s: %s", l.Tunnel, reason))
+		}
+	}
+	if len(why) == 0 {
+		return errors.New("no connection to the edge is registered")
+	}
+	return fmt.Errorf("no connection to the edge is registered: %s", strings.Join(why, "; "))
+}
+
+// Why is the whole answer to why requests of a visitor are treated as they are.
+type Why struct {
+	Address netip.Addr `json:"address"`
+	// Verdict is allow, throttle, captcha or ban, and Says the same as a
+	// sentence.
+	Verdict   string   `json:"verdict"`
+	Says      string   `json:"says"`
+	Decisions []Holder `json:"decisions"`
+}
+
+// Holder is a live decision that holds the address.
+type Holder struct {
+	ID          int          `json:"id"`
+	Prefix      netip.Prefix `json:"prefix"`
+	Remediation string       `json:"remediation"`
+	Type        string       `json:"type"`
+	Origin      string       `json:"origin"`
+	Scenario    string       `json:"scenario"`
+	Until       time.Time    `json:"until"`
+	Enforced    bool         `json:"enforced"`
+	// Because says why it is not enforced here.
+	Because string `json:"because,omitempty"`
+}
+
+// Why tells what applies to an address. It knows nothing of countries: only the
+// edge can tell which one an address is in.
+func (g *Gate) Why(addr netip.Addr) Why {
+	addr = addr.Unmap().WithZone("")
+	c := g.setup.Load().config
+	s := g.feed.seen.Load()
+	now := g.now()
+	policy := c.policy()
+	verdict := s.view.Lookup(s.table, addr, now)
+	w := Why{Address: addr, Verdict: verdict.Remediation.Name(), Decisions: []Holder{}}
+	every := decision.NewView(s.table, decision.Policy{Fallback: policy.Fallback})
+	allowed := decision.Contains(policy.Allow, addr.AsSlice())
+	for _, v := range every.Holders(s.table, addr, now) {
+		class := decision.Class{Type: v.Type, Origin: v.Origin, Scenario: v.Scenario, Remediation: v.Remediation}
+		h := Holder{
+			ID: v.ID, Prefix: v.Prefix, Remediation: v.Remediation.Name(), Type: v.Type, Origin: originOf(v.Origin, v.Scenario),
+			Scenario: v.Scenario, Until: v.Until, Enforced: true,
+		}
+		switch {
+		case allowed:
+			h.Enforced, h.Because = false, "the address is in decisions.allow"
+		case !policy.Accept(class):
+			h.Enforced, h.Because = false, "left out by configuration"
+		}
+		w.Decisions = append(w.Decisions, h)
+	}
+	switch {
+	case !c.hasLAPI:
+		w.Says = "there is no lapi in the configuration: nobody is refused"
+	case s.pulled.IsZero():
+		w.Says = "nothing is known yet, LAPI has not answered: hosts that fail closed refuse it"
+	case verdict.Remediation == decision.Allow && len(w.Decisions) == 0:
+		w.Says = "no decision holds it"
+	case verdict.Remediation == decision.Allow:
+		w.Says = "decisions hold it, and none of them is enforced here"
+	case c.Mode == Observe:
+		w.Says = fmt.Sprintf("its requests are counted and pass: the mode is observe (%s until %s)", w.Verdict, verdict.Until.Format(time.DateTime))
+	default:
+		w.Says = fmt.Sprintf("%s until %s", w.Verdict, verdict.Until.Format(time.DateTime))
+	}
+	return w
+}

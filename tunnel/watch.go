@@ -1,0 +1,153 @@
+package tunnel
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/edgeward/edgeward/internal/config"
+)
+
+// Watcher keeps what is in force in step with a configuration file and the files
+// that it names. It reads them again every few seconds, because that works for
+// mounts of every kind and costs nothing. It is a daemon.Task.
+type Watcher struct {
+	path  string
+	apply func(context.Context, Config) error
+	log   *slog.Logger
+	every time.Duration
+	now   chan struct{}
+
+	mu      sync.Mutex
+	seen    [sha256.Size]byte // what was applied last, or refused last
+	trouble string            // why it was refused
+	pause   time.Duration     // before it is tried again
+	again   time.Time
+}
+
+// watchInterval is how often files are looked at, and how long the first pause
+// is before what was refused is tried again; the pauses double up to
+// longestPause.
+const (
+	watchInterval = 5 * time.Second
+	longestPause  = 5 * time.Minute
+)
+
+// NewWatcher reads the file at path, which must be right, and returns what it
+// says with the watcher of what it becomes.
+func NewWatcher(path string, log *slog.Logger) (*Watcher, Config, error) {
+	c, _, err := load(path)
+	if err != nil {
+		return nil, Config{}, err
+	}
+	return &Watcher{path: path, log: log.With("component", "config"), every: watchInterval, now: make(chan struct{}, 1)}, c, nil
+}
+
+// OnChange says what is called, by one goroutine, with the configuration at the
+// start and each that comes after and is right. What it refuses leaves the last
+// good state and is tried again, ever more slowly; each reason is logged once.
+// It must be set before Run.
+func (w *Watcher) OnChange(apply func(context.Context, Config) error) { w.apply = apply }
+
+// String names the task.
+func (w *Watcher) String() string { return "configuration" }
+
+// Reload has the files read now, and applied whether they changed or not: what
+// somebody wishes to be tried again is.
+func (w *Watcher) Reload() {
+	select {
+	case w.now <- struct{}{}:
+	default:
+	}
+}
+
+// Trouble says why the configuration in force is not the file's; empty if it is.
+func (w *Watcher) Trouble() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.trouble
+}
+
+// Run looks until ctx ends.
+func (w *Watcher) Run(ctx context.Context) error {
+	ticker := time.NewTicker(w.every)
+	defer ticker.Stop()
+	for {
+		w.turn(ctx)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		case <-w.now:
+			w.mu.Lock()
+			w.seen = [sha256.Size]byte{}
+			w.mu.Unlock()
+		}
+	}
+}
+
+// turn applies what changed, and again what was refused: the reason may lie
+// outside of the files.
+func (w *Watcher) turn(ctx context.Context) {
+	c, sum, err := load(w.path)
+	read := err == nil
+	if read {
+		w.mu.Lock()
+		known := sum == w.seen && (w.trouble == "" || time.Now().Before(w.again))
+		w.mu.Unlock()
+		if known {
+			return
+		}
+		err = w.apply(ctx, c)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	before := w.trouble
+	w.pause = max(w.every, min(2*w.pause, longestPause))
+	if sum != w.seen || err == nil {
+		w.pause = w.every
+	}
+	w.trouble, w.seen, w.again = "", sum, time.Now().Add(w.pause)
+	if err != nil {
+		w.trouble = err.Error()
+	}
+	var problems config.Problems
+	switch {
+	case err != nil && w.trouble == before || ctx.Err() != nil:
+	case errors.As(err, &problems):
+		for _, p := range problems {
+			w.log.Error("configuration is wrong, keeping the last good one", "err", p.String())
+		}
+	case !read:
+		w.log.Error("cannot read the configuration, keeping the last good one", "err", err)
+	case err != nil:
+		w.log.Error("cannot apply all of the configuration, what was good before stays", "err", err)
+	default:
+		w.log.Info("configuration applied", "hosts", len(c.Hosts), "tunnels", len(c.Tunnels))
+	}
+}
+
+// load reads the configuration at path, with a sum that tells it and the files
+// that it names from others.
+func load(path string) (c Config, sum [sha256.Size]byte, err error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return c, sum, fmt.Errorf("read configuration: %w", err)
+	}
+	if c, err = Parse(path, text); err != nil {
+		return c, sum, err // with no sum: whatever is right after that is news
+	}
+	h := sha256.New()
+	fmt.Fprintf(h, "%d\n%s", len(text), text)
+	for _, f := range c.Files() {
+		secret, err := f.Read()
+		fmt.Fprintf(h, "%s\n%d\n%s\n%v\n", f, len(secret.Reveal()), secret.Reveal(), err)
+	}
+	h.Sum(sum[:0])
+	return c, sum, nil
+}
