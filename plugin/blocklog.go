@@ -146,9 +146,9 @@ func shortened(text string) string {
 // told holds what each middleware last said of itself, by its name.
 var told sync.Map
 
-// introduce says what a middleware enforces, once for each change of it and not
+// announce says what a middleware enforces, once for each change of it and not
 // for each of its routers.
-func introduce(log *slog.Logger, name string, s *settings) {
+func announce(log *slog.Logger, name string, s *settings) {
 	mode := "enforce"
 	if s.observe {
 		mode = "observe"

@@ -110,6 +110,21 @@ type ClientConfig struct {
 	// from the right over trusted proxies, or one that holds a single
 	// address, such as CF-Connecting-IP or X-Real-IP.
 	Header string `json:"header,omitempty"`
+	// Preset edgeward-tunnel believes what edgeward's tunnel signs, and nothing
+	// and nobody else: it takes the place of TrustedProxies and Header. A
+	// request without a good signature is from whoever made the connection.
+	Preset string `json:"preset,omitempty"`
+	// Key is the key that the tunnel signs with, meant for a reference that
+	// Traefik resolves (urn:k8s:secret:NAME:KEY); KeyFile is a file that holds
+	// it, read again every 15 seconds or so. PreviousKey is believed as well
+	// while keys rotate.
+	Key             string `json:"key,omitempty"`
+	KeyFile         string `json:"keyFile,omitempty"`
+	PreviousKey     string `json:"previousKey,omitempty"`
+	PreviousKeyFile string `json:"previousKeyFile,omitempty"`
+	// MaxAge is how old a signature may be, and how far clocks may differ: 1m
+	// unless given.
+	MaxAge string `json:"maxAge,omitempty"`
 
 	Unknown map[string]any `json:"-" mapstructure:",remain"`
 }
@@ -196,6 +211,7 @@ type settings struct {
 	maxAge     time.Duration
 	trusted    *decision.Ranges // nil: nobody is believed
 	header     string           // canonical; "" for X-Forwarded-For
+	tunnel     *tunnelSource    // nil: nobody signs
 	status     int
 	pageFile   string
 	limits     []limitRule
@@ -243,20 +259,7 @@ func understand(config *Config) (*settings, error) {
 	understandLAPI(c, s, &config.LAPI)
 	understandDecisions(c, s, &config.Decisions)
 
-	unknown(c, "client.", config.Client.Unknown, config.Client)
-	if len(config.Client.TrustedProxies) > 0 {
-		s.trusted = ranges(c, "client.trustedProxies", config.Client.TrustedProxies, true)
-	}
-	header := config.Client.Header
-	if header != "" && len(config.Client.TrustedProxies) == 0 {
-		c.fail("client.header %q is of no use without client.trustedProxies: name the proxies that set it (for instance cloudflare)", header)
-	}
-	if !token(header) {
-		c.fail("client.header %q is not a header name", header)
-	}
-	if !strings.EqualFold(header, "X-Forwarded-For") {
-		s.header = canonical(header)
-	}
+	understandClient(c, s, &config.Client)
 
 	unknown(c, "ban.", config.Ban.Unknown, config.Ban)
 	if config.Ban.Status != 0 {
@@ -287,7 +290,7 @@ func understand(config *Config) (*settings, error) {
 	default:
 		c.fail("log.format %q: want json or text", config.Log.Format)
 	}
-	if len(c.errs) == 0 && s.lapi.url == "" && len(s.limits) == 0 {
+	if len(c.errs) == 0 && s.lapi.url == "" && len(s.limits) == 0 && config.Client.Preset == "" {
 		c.fail("there is nothing to enforce: give lapi.url for CrowdSec's decisions, or rateLimits")
 	}
 	return s, errors.Join(c.errs...)
@@ -355,6 +358,58 @@ func understandLAPI(c *checker, s *settings, l *LAPIConfig) {
 		}
 	default:
 		c.fail("lapi.url %q: want http://, https:// or unix://", l.URL)
+	}
+}
+
+func understandClient(c *checker, s *settings, l *ClientConfig) {
+	unknown(c, "client.", l.Unknown, *l)
+	if len(l.TrustedProxies) > 0 {
+		s.trusted = ranges(c, "client.trustedProxies", l.TrustedProxies, true)
+	}
+	header := l.Header
+	if header != "" && len(l.TrustedProxies) == 0 {
+		c.fail("client.header %q is of no use without client.trustedProxies: name the proxies that set it (for instance cloudflare)", header)
+	}
+	if !token(header) {
+		c.fail("client.header %q is not a header name", header)
+	}
+	if !strings.EqualFold(header, "X-Forwarded-For") {
+		s.header = canonical(header)
+	}
+	understandPreset(c, s, l)
+}
+
+func understandPreset(c *checker, s *settings, l *ClientConfig) {
+	keys := l.Key != "" || l.KeyFile != "" || l.PreviousKey != "" || l.PreviousKeyFile != ""
+	switch l.Preset {
+	case "":
+		if keys || l.MaxAge != "" {
+			c.fail("client.keyFile and client.maxAge are of no use without client.preset: edgeward-tunnel")
+		}
+		return
+	case tunnelPreset:
+	default:
+		c.fail("client.preset %q: want edgeward-tunnel", l.Preset)
+		return
+	}
+	if len(l.TrustedProxies) > 0 || l.Header != "" {
+		c.fail("client.preset excludes client.trustedProxies and client.header: it believes signatures alone")
+	}
+	both(c, "client.key", l.Key, "client.keyFile", l.KeyFile)
+	both(c, "client.previousKey", l.PreviousKey, "client.previousKeyFile", l.PreviousKeyFile)
+	if l.Key == "" && l.KeyFile == "" {
+		c.fail("client.preset needs client.keyFile or client.key: the key that edgeward-tunnel signs with")
+	}
+	for _, k := range []struct{ name, text string }{{"key", l.Key}, {"previousKey", l.PreviousKey}} {
+		if strings.HasPrefix(k.text, "urn:k8s:secret:") {
+			c.fail("client.%s is still a reference (%s): Traefik resolves it in Kubernetes only, from a Secret in the middleware's namespace", k.name, k.text)
+		} else if k.text != "" && tunnelKeyFits(strings.TrimSpace(k.text)) != nil {
+			c.fail("client.%s: %v", k.name, errTunnelKey)
+		}
+	}
+	s.tunnel = &tunnelSource{
+		key: l.Key, keyFile: l.KeyFile, previous: l.PreviousKey, previousFile: l.PreviousKeyFile,
+		maxAge: int64(duration(c, "client.maxAge", l.MaxAge, time.Minute, 5*time.Second, time.Hour) / time.Second),
 	}
 }
 

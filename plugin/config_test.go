@@ -41,6 +41,14 @@ func TestConfigurationsThatMakeSense(t *testing.T) {
 			c.Client.TrustedProxies = []string{"Cloudflare", "private"}
 			c.Client.Header = "cf-connecting-ip"
 		}, func(s *settings) bool { return s.header == "Cf-Connecting-Ip" }},
+		{"the preset", func(c *Config) {
+			c.Client.Preset = "edgeward-tunnel"
+			c.Client.KeyFile = "/k"
+			c.Client.PreviousKey = "0123456789abcdef0123456789abcdef"
+			c.Client.MaxAge = "30s"
+		}, func(s *settings) bool {
+			return s.tunnel != nil && s.tunnel.keyFile == "/k" && s.tunnel.maxAge == 30 && s.trusted == nil
+		}},
 		{"a limit", func(c *Config) {
 			c.RateLimits = []RateLimitConfig{{Name: "all", Average: 60, Period: "1m"}}
 		}, func(s *settings) bool {
@@ -117,6 +125,27 @@ func TestConfigurationsThatMakeNoSense(t *testing.T) {
 			c.Client.TrustedProxies = []string{"private"}
 		}, "is not a header name"},
 		{func(c *Config) { c.Client.TrustedProxies = []string{"fe80::1%eth0"} }, "or cloudflare or private"},
+		{func(c *Config) { c.Client.Preset = "cloudflared" }, `client.preset "cloudflared": want edgeward-tunnel`},
+		{func(c *Config) { c.Client.Preset = "edgeward-tunnel" }, "client.preset needs client.keyFile or client.key"},
+		{func(c *Config) { c.Client.KeyFile = "/k" }, "are of no use without client.preset"},
+		{func(c *Config) {
+			c.Client.Preset = "edgeward-tunnel"
+			c.Client.KeyFile = "/k"
+			c.Client.TrustedProxies = []string{"private"}
+		}, "it believes signatures alone"},
+		{func(c *Config) {
+			c.Client.Preset = "edgeward-tunnel"
+			c.Client.Key = "a secret too short"
+		}, "client.key: want one line of 32 characters or more"},
+		{func(c *Config) {
+			c.Client.Preset = "edgeward-tunnel"
+			c.Client.Key = "urn:k8s:secret:edgeward:key"
+		}, "client.key is still a reference"},
+		{func(c *Config) {
+			c.Client.Preset = "edgeward-tunnel"
+			c.Client.KeyFile = "/k"
+			c.Client.MaxAge = "2h"
+		}, "client.maxAge 2h0m0s: want 5s to 1h0m0s"},
 		{func(c *Config) { c.Ban.Status = 200 }, "ban.status 200: want 400 to 599"},
 		{func(c *Config) { c.Log.Level = "loud" }, `log.level "loud"`},
 		{func(c *Config) { c.Log.Format = "xml" }, `log.format "xml"`},

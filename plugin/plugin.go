@@ -36,7 +36,8 @@ import (
 var epoch = time.Now()
 
 // handler is one middleware on one router. It is right for every configuration;
-// direct, limited, proxied and proxiedLimited are short ways for the most common.
+// direct, limited, proxied, proxiedLimited and tunnelled are short ways for the
+// most common.
 type handler struct {
 	next     http.Handler
 	name     string
@@ -45,6 +46,7 @@ type handler struct {
 	sight    *atomic.Value // of *sight
 	view     atomic.Value  // *decision.View of the table seen last
 	trusted  *decision.Ranges
+	tunnel   *tunnel      // nil without the preset
 	peers    atomic.Value // *texts: connections of trusted proxies
 	closed   bool         // refuse whom nothing can be known of
 	limits   []*limit
@@ -83,8 +85,11 @@ func New(ctx context.Context, next http.Handler, config *Config, name string) (h
 		log:      newBlockLog(log, name, s.observe),
 		sight:    &atomic.Value{},
 	}
-	introduce(log, name, s)
+	announce(log, name, s)
 	h.peers.Store(&texts{})
+	if s.tunnel != nil {
+		h.tunnel = newTunnel(*s.tunnel, log)
+	}
 	now := int64(time.Since(epoch))
 	for _, rule := range s.limits {
 		l := &limit{rule: rule, limiter: limiters.acquire(rule.policy, now)}
@@ -114,8 +119,11 @@ func shortest(h *handler) http.Handler {
 	if len(h.limits) == 1 && h.limits[0].rule.always && h.limits[0].rule.simple {
 		one = h.limits[0]
 	}
-	if h.closed || one == nil && len(h.limits) > 0 {
+	if h.closed || one == nil && len(h.limits) > 0 || h.tunnel != nil && one != nil {
 		return h
+	}
+	if h.tunnel != nil {
+		return &tunnelled{next: h.next, sight: h.sight, tunnel: h.tunnel, all: h}
 	}
 	header := h.settings.header
 	if header == "" {
@@ -155,6 +163,9 @@ func (h *handler) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 	if h.trusted != nil {
 		octets = clientOf(h.trusted, h.settings.header, req, peer)
 		text = h.remembered(req, peer)
+	} else if h.tunnel != nil {
+		octets = identified(h.tunnel, req, peer)
+		text = req.RemoteAddr
 	}
 	s := h.sight.Load().(*sight)
 	if h.closed || decision.Covered(s.table, octets) {

@@ -889,7 +889,7 @@ func TestAMiddlewareSaysOnceWhatItEnforces(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		introduce(log, "introduced@file", s)
+		announce(log, "announced@file", s)
 		if n := strings.Count(out.String(), "middleware in force"); n != c.want {
 			t.Errorf("after %s it was said %d times, want %d", c.mode, n, c.want)
 		}
