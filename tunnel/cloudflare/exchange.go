@@ -1,0 +1,112 @@
+package cloudflare
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/cloudflare/cloudflared/connection"
+)
+
+// exchange hands one request to the handler and its response to the edge. An
+// error before the response began becomes a 502, one after resets the stream.
+// A panic must not get further than here: over QUIC it would end the process.
+func (l *link) exchange(w connection.ResponseWriter, r *http.Request, websocket bool) (err error) {
+	c := l.session.connector
+	l.inFlight.Add(1)
+	defer l.inFlight.Add(-1)
+	c.totals.requests.Add(1)
+	start, status := time.Now(), 0
+	defer func() {
+		if p := recover(); p != nil {
+			err = http.ErrAbortHandler
+			if p != any(http.ErrAbortHandler) {
+				err = fmt.Errorf("handler panicked: %v", p)
+				c.totals.panics.Add(1)
+				c.log.Error("panic in a request", "panic", fmt.Sprint(p), "host", r.Host, "stack", string(debug.Stack()))
+			}
+		}
+		if err != nil {
+			c.totals.failed.Add(1)
+			if status == 0 && r.Context().Err() == nil {
+				status = http.StatusBadGateway
+			}
+		}
+		if c.served != nil {
+			c.served(Exchange{r, status, time.Since(start), err})
+		}
+	}()
+
+	r.RequestURI, r.URL.Scheme, r.URL.Host = "", "http", r.Host
+	body := r.Body
+	if websocket {
+		// The edge takes these off, and the origin service must see them.
+		r.Header.Set("Connection", "Upgrade")
+		r.Header.Set("Upgrade", "websocket")
+		if r.Header.Get("Sec-Websocket-Version") == "" {
+			r.Header.Set("Sec-Websocket-Version", "13")
+		}
+		r.ContentLength, r.Body = 0, http.NoBody // what follows is the stream's
+	}
+	response, err := c.handler.RoundTrip(r)
+	if err != nil {
+		if r.Context().Err() == nil {
+			c.log.Debug("request failed", "host", r.Host, "error", err)
+		}
+		return fmt.Errorf("serve request: %w", err)
+	}
+	defer func() { _ = response.Body.Close() }()
+	if response.StatusCode == http.StatusSwitchingProtocols {
+		status = response.StatusCode
+		return upgrade(w, body, response)
+	}
+	if err := w.WriteRespHeaders(response.StatusCode, response.Header); err != nil {
+		return fmt.Errorf("send response: %w", err)
+	}
+	status = response.StatusCode
+	if err := copyBody(w, response.Body); err != nil {
+		return fmt.Errorf("send response: %w", err)
+	}
+	for name, values := range response.Trailer {
+		for _, value := range values {
+			w.AddTrailer(name, value)
+		}
+	}
+	return nil
+}
+
+// upgrade joins the visitor's stream with the origin service's, until either
+// ends.
+func upgrade(w connection.ResponseWriter, visitor io.Reader, response *http.Response) error {
+	origin, ok := response.Body.(io.ReadWriteCloser)
+	if !ok {
+		return errors.New("switch protocols: the response cannot be written to")
+	}
+	if err := w.WriteRespHeaders(response.StatusCode, response.Header); err != nil {
+		return fmt.Errorf("send response: %w", err)
+	}
+	go func() {
+		// The stream ends under this when the exchange is over.
+		defer func() { _ = recover() }()
+		_ = copyBody(origin, visitor)
+		_ = origin.Close()
+	}()
+	_ = copyBody(w, origin) // both ends may end it as they like
+	return nil
+}
+
+var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+
+// copyBody copies through a pooled buffer, so that what is in flight costs that
+// and no more, whatever its size.
+func copyBody(to io.Writer, from io.Reader) error {
+	buffer := buffers.Get().(*[32 << 10]byte)
+	defer buffers.Put(buffer)
+	// The wrappers hide methods that would copy by other ways.
+	_, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, buffer[:])
+	return err
+}
