@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"strings"
+
+	"github.com/edgeward/edgeward/internal/daemon"
+	"github.com/edgeward/edgeward/tunnel"
+	"github.com/edgeward/edgeward/tunnel/cloudflare/api"
+)
+
+// look asks Cloudflare how things stand. Without a section cloudflare nobody is
+// asked, and the records are the operator's to make.
+func look(ctx context.Context, c *tunnel.Config) (api.Settings, api.Changes, error) {
+	s, err := api.From(c)
+	if !c.Cloudflare.Enabled() {
+		return s, byHand(s), err
+	}
+	k := api.New(s, "edgeward/"+daemon.Version().Version, slog.New(slog.DiscardHandler))
+	changes, asked := k.Plan(ctx)
+	return s, changes, errors.Join(err, asked)
+}
+
+// byHand says which records to make where there is no API to make them with.
+func byHand(s api.Settings) api.Changes {
+	var out api.Changes
+	for _, h := range s.Desired.Hosts {
+		state := api.HostState{Host: h.Name, Tunnel: h.Tunnel, State: api.Unknown, Says: "there is no section cloudflare"}
+		for _, t := range s.Desired.Tunnels {
+			if t.Name == h.Tunnel && t.ID != "" {
+				state.Says += ": make a proxied CNAME to " + api.Target(t.ID) + " by hand"
+			}
+		}
+		out.Hosts = append(out.Hosts, state)
+	}
+	return out
+}
+
+// row is a host as list shows it.
+type row struct {
+	api.HostState
+	Services []string `json:"services,omitempty"`
+}
+
+func list(ctx context.Context, w io.Writer, format string, c tunnel.Config) error {
+	_, changes, failed := look(ctx, &c)
+	rows := make([]row, len(changes.Hosts))
+	public := c.PublicHosts()
+	for i, h := range changes.Hosts {
+		rows[i].HostState = h
+		if at := slices.IndexFunc(public, func(p tunnel.PublicHost) bool { return string(p.Host) == h.Host }); at >= 0 {
+			rows[i].Services = public[at].Services
+		}
+	}
+	return errors.Join(failed, show(w, format, rows, func(w io.Writer, rows []row) {
+		fmt.Fprintf(w, "HOST\tSERVICE\tTUNNEL\tDNS\tOWNER\tNOTE\n")
+		for _, r := range rows {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", r.Host, orDash(strings.Join(r.Services, ", ")), orDash(r.Tunnel), r.State,
+				orDash(r.Owner), orDash(strings.Join(remarks(r.HostState), "; ")))
+		}
+	}))
+}
+
+func plan(ctx context.Context, w io.Writer, format string, c tunnel.Config) error {
+	s, changes, failed := look(ctx, &c)
+	return errors.Join(failed, show(w, format, changes, func(w io.Writer, c api.Changes) {
+		for _, write := range c.Writes {
+			fmt.Fprintln(w, describe(write))
+		}
+		for _, t := range c.Tunnels {
+			if t.Says != "" {
+				fmt.Fprintf(w, "note: tunnel %s: %s\n", t.Name, t.Says)
+			}
+		}
+		for _, h := range c.Hosts {
+			for _, says := range remarks(h) {
+				fmt.Fprintf(w, "note: %s: %s\n", h.Host, says)
+			}
+		}
+		if n := len(c.Writes); n == 0 {
+			fmt.Fprintln(w, "nothing to write")
+		} else if s.Desired.Policy == api.DryRun {
+			fmt.Fprintf(w, "%d writes, of which policy dry-run makes none\n", n)
+		} else {
+			fmt.Fprintf(w, "%d writes, policy %s\n", n, s.Desired.Policy)
+		}
+	}))
+}
+
+// describe is a write in a line: + is made, ~ changed, - deleted.
+func describe(w api.Write) string {
+	to := w.Content
+	if w.Type == "CNAME" && to == "" {
+		to = "the new tunnel " + w.Tunnel
+	}
+	switch {
+	case w.Type == "tunnel":
+		return "+ tunnel\t" + w.Name
+	case w.Verb == api.Create:
+		return fmt.Sprintf("+ %s\t%s\t%s", w.Type, w.Name, to)
+	case w.Verb == api.Update:
+		return fmt.Sprintf("~ %s\t%s\t%s (was %s)", w.Type, w.Name, to, w.Was)
+	}
+	return fmt.Sprintf("- %s\t%s\t%s", w.Type, w.Name, w.Was)
+}
+
+// remarks are all that is to be said about a host.
+func remarks(h api.HostState) []string {
+	var out []string
+	if h.Says != "" {
+		out = append(out, h.Says)
+	}
+	return append(out, h.Notes...)
+}
+
+func orDash(text string) string {
+	if text == "" {
+		return "-"
+	}
+	return text
+}
