@@ -1,0 +1,166 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/goccy/go-yaml"
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/edgeward/edgeward/tunnel"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"edgeward-tunnel": func() { os.Exit(program(os.Args[1:])) }})
+}
+
+// TestScripts runs the command line as an operator would. What needs an edge is
+// proved in test/tunnel.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{Dir: "testdata"})
+}
+
+const deployed = "../../deploy/tunnel"
+
+// TestExamplesAreAccepted checks the configurations that are shipped.
+func TestExamplesAreAccepted(t *testing.T) {
+	for _, name := range []string{"tunnel.yaml", "kubernetes/tunnel.yaml"} {
+		c, err := tunnel.Load(filepath.Join(deployed, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if w := c.Warnings(); len(w) > 0 {
+			t.Errorf("%s: %v", name, w)
+		}
+	}
+}
+
+// TestManifestAsksForNothing holds the Deployment to what the restricted level
+// of pod security allows, and to the paths and times of its configuration.
+func TestManifestAsksForNothing(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(deployed, "kubernetes", "deployment.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, second, ok := strings.Cut(string(text), "\n---\n")
+	if !ok || !strings.Contains(second, "kind: PodDisruptionBudget") || !strings.Contains(second, "minAvailable: 1") {
+		t.Error("there is no disruption budget of one")
+	}
+	var set struct {
+		Spec struct {
+			Replicas int `yaml:"replicas"`
+			Strategy struct {
+				RollingUpdate struct {
+					MaxUnavailable *int `yaml:"maxUnavailable"`
+				} `yaml:"rollingUpdate"`
+			} `yaml:"strategy"`
+			Template struct {
+				Spec struct {
+					HostNetwork bool           `yaml:"hostNetwork"`
+					Automount   *bool          `yaml:"automountServiceAccountToken"`
+					Grace       int            `yaml:"terminationGracePeriodSeconds"`
+					Affinity    map[string]any `yaml:"affinity"`
+					Security    struct {
+						NonRoot *bool `yaml:"runAsNonRoot"`
+						User    int   `yaml:"runAsUser"`
+						Seccomp struct {
+							Type string `yaml:"type"`
+						} `yaml:"seccompProfile"`
+					} `yaml:"securityContext"`
+					Containers []struct {
+						Security struct {
+							Escalation *bool `yaml:"allowPrivilegeEscalation"`
+							ReadOnly   bool  `yaml:"readOnlyRootFilesystem"`
+							Can        struct {
+								Drop []string `yaml:"drop"`
+								Add  []string `yaml:"add"`
+							} `yaml:"capabilities"`
+						} `yaml:"securityContext"`
+						Mounts []struct {
+							Path string `yaml:"mountPath"`
+						} `yaml:"volumeMounts"`
+						Liveness struct {
+							Get struct {
+								Path string `yaml:"path"`
+							} `yaml:"httpGet"`
+						} `yaml:"livenessProbe"`
+					} `yaml:"containers"`
+					Volumes []map[string]any `yaml:"volumes"`
+				} `yaml:"spec"`
+			} `yaml:"template"`
+		} `yaml:"spec"`
+	}
+	if err := yaml.Unmarshal([]byte(first), &set); err != nil {
+		t.Fatal(err)
+	}
+	pod := set.Spec.Template.Spec
+	if set.Spec.Replicas != 2 || set.Spec.Strategy.RollingUpdate.MaxUnavailable == nil || *set.Spec.Strategy.RollingUpdate.MaxUnavailable != 0 || pod.Affinity["podAntiAffinity"] == nil {
+		t.Errorf("the deployment is %+v", set.Spec)
+	}
+	if pod.HostNetwork || pod.Automount == nil || *pod.Automount || pod.Security.NonRoot == nil || !*pod.Security.NonRoot || pod.Security.User == 0 || pod.Security.Seccomp.Type != "RuntimeDefault" {
+		t.Errorf("the pod is %+v", pod)
+	}
+	container := pod.Containers[0]
+	s := container.Security
+	if s.Escalation == nil || *s.Escalation || !s.ReadOnly || !slices.Equal(s.Can.Drop, []string{"ALL"}) || len(s.Can.Add) > 0 {
+		t.Errorf("the container may %+v", s)
+	}
+	if container.Liveness.Get.Path != "/healthz" {
+		t.Error("liveness must not hang on the edge")
+	}
+	for _, v := range pod.Volumes {
+		if v["hostPath"] != nil {
+			t.Errorf("the restricted level has no place for %v", v)
+		}
+	}
+	c, err := tunnel.Load(filepath.Join(deployed, "kubernetes", "tunnel.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if least := int((c.Drain.LameDuck + c.Drain.Grace + drainMargin).Seconds()); pod.Grace <= least {
+		t.Errorf("a pod is killed after %d s, and may take %d to drain", pod.Grace, least)
+	}
+	var mounted []string
+	for _, m := range container.Mounts {
+		mounted = append(mounted, m.Path)
+	}
+	for _, path := range []string{filepath.Dir(string(c.LAPI.KeyFile)), filepath.Dir(string(c.Identity.KeyFile)), filepath.Dir(c.Socket), c.StateDir, "/etc/edgeward"} {
+		if !slices.Contains(mounted, path) {
+			t.Errorf("nothing is mounted at %s, only at %v", path, mounted)
+		}
+	}
+}
+
+// TestUnitAsksForNothing does the same for the unit of systemd.
+func TestUnitAsksForNothing(t *testing.T) {
+	unit, err := os.ReadFile(filepath.Join(deployed, "edgeward-tunnel.service"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := tunnel.Load(filepath.Join(deployed, "tunnel.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"User=edgeward", "CapabilityBoundingSet=", "NoNewPrivileges=yes", "ProtectSystem=strict",
+		"RuntimeDirectory=" + filepath.Base(filepath.Dir(c.Socket)), "StateDirectory=" + filepath.Base(c.StateDir),
+	} {
+		if !strings.Contains(string(unit), "\n"+line+"\n") {
+			t.Errorf("the unit does not say %s", line)
+		}
+	}
+}
+
+// TestMainIsATableOfContents holds main.go to what can be read at a glance.
+func TestMainIsATableOfContents(t *testing.T) {
+	text, err := os.ReadFile("main.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(text), "\n"); n > 120 {
+		t.Errorf("main.go has %d lines", n)
+	}
+}

@@ -1,0 +1,374 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"net/url"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/edgeward/edgeward/internal/daemon"
+	"github.com/edgeward/edgeward/internal/lapi"
+	"github.com/edgeward/edgeward/internal/reconcile"
+	"github.com/edgeward/edgeward/tunnel"
+	"github.com/edgeward/edgeward/tunnel/cloudflare"
+	"github.com/edgeward/edgeward/tunnel/cloudflare/api"
+)
+
+// drainMargin is what the end may take beyond the wait for requests under way.
+const drainMargin = 5 * time.Second
+
+// firstPull is how long connectors wait for the first decisions before they
+// register without any. It is waited for again with each configuration as long
+// as LAPI has never answered, which costs nothing but that much delay.
+const firstPull = 5 * time.Second
+
+// stream is LAPI's decision stream as a task.
+type stream struct{ *lapi.Stream }
+
+func (s stream) String() string { return "decision stream" }
+
+func (s stream) Run(ctx context.Context) error {
+	s.Stream.Run(ctx)
+	return nil
+}
+
+// restartOnly returns next with what only a start can change as it is, and says
+// so where the file wants it otherwise.
+func restartOnly(was, next tunnel.Config, log *slog.Logger) tunnel.Config {
+	var kept []string
+	keep := func(name string, same bool) {
+		if !same {
+			kept = append(kept, name)
+		}
+	}
+	keep("lapi", was.LAPI == next.LAPI && was.HasLAPI() == next.HasLAPI())
+	keep("listen", was.Listen == next.Listen)
+	keep("socket", was.Socket == next.Socket)
+	keep("stateDir", was.StateDir == next.StateDir)
+	keep("logFormat", was.LogFormat == next.LogFormat)
+	keep("drain", was.Drain == next.Drain) // the process was told how long it may take to end
+	if len(kept) > 0 {
+		log.Warn("some settings take effect at the next start", "keys", kept)
+	}
+	next.KeepLAPI(&was)
+	next.Drain = was.Drain
+	return next
+}
+
+// connectors keeps one connector for each tunnel. It is a task that ends when
+// all have drained.
+type connectors struct {
+	gate    *tunnel.Gate
+	records *records
+	memory  *cloudflare.Memory
+	log     *slog.Logger
+
+	mu      sync.Mutex
+	wish    *tunnel.Config // the last one
+	tunnels map[string]*holder
+	drain   time.Duration
+	leaving sync.WaitGroup // connectors of tunnels that are no longer wished for
+	ended   bool
+}
+
+// holder is the connector of one tunnel and what it should be.
+type holder struct {
+	connector *cloudflare.Connector
+	wanted    int
+	trouble   string // why it could not be made what it should be
+}
+
+func newConnectors(gate *tunnel.Gate, records *records, c *tunnel.Config, log *slog.Logger) *connectors {
+	all := &connectors{
+		gate: gate, records: records, memory: cloudflare.NewMemory(c.StateDir, log), log: log,
+		tunnels: map[string]*holder{},
+	}
+	records.after = all.renew
+	return all
+}
+
+func (c *connectors) String() string { return "connectors" }
+
+// apply brings the connectors into step with a configuration. What one of them
+// lacks does not stop the others, and leaves its connections as they were.
+func (c *connectors) apply(ctx context.Context, next *tunnel.Config) error {
+	roots, err := trusted(next)
+	if err != nil {
+		return err
+	}
+	// At the start visitors wait a moment for decisions, or for the process
+	// before this one; only then is there no time to lose.
+	timeout := time.NewTimer(firstPull)
+	defer timeout.Stop()
+	select {
+	case <-c.gate.Known():
+	case <-timeout.C:
+	case <-ctx.Done():
+		return nil
+	}
+	c.mu.Lock()
+	if c.ended {
+		c.mu.Unlock()
+		return nil
+	}
+	c.wish, c.drain = next, next.Drain.LameDuck+next.Drain.Grace
+	for name, h := range c.tunnels {
+		if !slices.ContainsFunc(next.Tunnels, func(t tunnel.TunnelConfig) bool { return t.Name == name }) {
+			delete(c.tunnels, name)
+			c.leaving.Go(func() { c.end(h.connector, c.drain) })
+		}
+	}
+	errs := make([]error, len(next.Tunnels))
+	var turns sync.WaitGroup
+	for i, t := range next.Tunnels {
+		h := c.tunnels[t.Name]
+		if h == nil {
+			h = &holder{connector: cloudflare.New(cloudflare.Options{
+				Name: t.Name, Version: "edgeward/" + tunnel.Version, Log: c.log, Handler: c.gate.For(t.Name), Memory: c.memory,
+			})}
+			c.tunnels[t.Name] = h
+		}
+		h.wanted = t.Connections
+		turns.Go(func() { errs[i] = c.connect(ctx, h, next, t, roots) })
+	}
+	c.mu.Unlock()
+	turns.Wait()
+	return errors.Join(errs...)
+}
+
+// renew tries again the tunnels whose token comes from the API and that have
+// none, or one that the edge refuses: nobody can watch a token that is rotated
+// there.
+func (c *connectors) renew(ctx context.Context) error {
+	c.mu.Lock()
+	wish, again := c.wish, map[*holder]tunnel.TunnelConfig{}
+	if wish != nil && !c.ended {
+		for _, t := range wish.Tunnels {
+			h := c.tunnels[t.Name]
+			if h != nil && t.TokenFile == "" && t.CredentialsFile == "" && (h.trouble != "" || h.connector.Status().Refused != "") {
+				again[h] = t
+			}
+		}
+	}
+	c.mu.Unlock()
+	if len(again) == 0 {
+		return nil
+	}
+	roots, err := trusted(wish)
+	for h, t := range again {
+		if err == nil {
+			err = c.connect(ctx, h, wish, t, roots)
+		}
+	}
+	return err
+}
+
+// connect brings one connector into step.
+func (c *connectors) connect(ctx context.Context, h *holder, next *tunnel.Config, t tunnel.TunnelConfig, roots *x509.CertPool) error {
+	credentials, err := c.credentials(ctx, t)
+	if err != nil {
+		err = fmt.Errorf("tunnel %s: %w", t.Name, err)
+	} else {
+		err = h.connector.Apply(ctx, credentials, cloudflare.Settings{
+			Protocol: cloudflare.Protocol(t.Protocol), Trailers: next.NeedsTrailers(t.Name), Connections: t.Connections,
+			Edge: next.Edge.Addresses, Region: next.Edge.Region, RootCAs: roots,
+			LameDuck: next.Drain.LameDuck, Grace: next.Drain.Grace,
+		})
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if h.trouble = ""; err != nil {
+		h.trouble = err.Error()
+	}
+	return err
+}
+
+// credentials reads a tunnel's: from the file that is named, or else from the
+// API, by the tunnel's name.
+func (c *connectors) credentials(ctx context.Context, t tunnel.TunnelConfig) (cloudflare.Credentials, error) {
+	if t.CredentialsFile != "" {
+		secret, err := t.CredentialsFile.Read()
+		if err != nil {
+			return cloudflare.Credentials{}, fmt.Errorf("read credentialsFile: %w", err)
+		}
+		return cloudflare.ParseCredentials([]byte(secret.Reveal()))
+	}
+	if t.TokenFile != "" {
+		secret, err := t.TokenFile.Read()
+		if err != nil {
+			return cloudflare.Credentials{}, fmt.Errorf("read tokenFile: %w", err)
+		}
+		return cloudflare.ParseToken([]byte(secret.Reveal()))
+	}
+	token, err := c.records.keeper.Token(ctx, t.Name)
+	if err != nil {
+		return cloudflare.Credentials{}, err
+	}
+	return cloudflare.ParseToken([]byte(token))
+}
+
+// trusted are the authorities that verify the edge; nil stands for the system's
+// and Cloudflare's.
+func trusted(c *tunnel.Config) (*x509.CertPool, error) {
+	if c.Edge.CAFile == "" {
+		return nil, nil
+	}
+	text, err := c.Edge.CAFile.Read()
+	if err != nil {
+		return nil, fmt.Errorf("read edge.caFile: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM([]byte(text.Reveal())) {
+		return nil, errors.New("read edge.caFile: no PEM certificate in it")
+	}
+	return pool, nil
+}
+
+// Run waits for the end and then drains all tunnels side by side.
+func (c *connectors) Run(ctx context.Context) error {
+	<-ctx.Done()
+	c.mu.Lock()
+	c.ended = true
+	all, drain := c.tunnels, c.drain
+	c.mu.Unlock()
+	var ends sync.WaitGroup
+	for _, h := range all {
+		ends.Go(func() { c.end(h.connector, drain) })
+	}
+	ends.Wait()
+	c.leaving.Wait()
+	return nil
+}
+
+func (c *connectors) end(connector *cloudflare.Connector, drain time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), drain+drainMargin/2)
+	defer cancel()
+	if err := connector.Drain(ctx); err != nil {
+		c.log.Warn("requests were cut at the end", "component", "tunnel", "err", err)
+	}
+}
+
+// links tells how the connectors stand, in the order of their names.
+func (c *connectors) links() []tunnel.Link {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := []tunnel.Link{}
+	for name, h := range c.tunnels {
+		s := h.connector.Status()
+		l := tunnel.Link{
+			Tunnel: name, Protocol: string(s.Protocol), Wanted: h.wanted, Refused: s.Refused, Trouble: h.trouble,
+			Drains: s.Totals.Drained, Registrations: s.Totals.Registered, Lost: s.Totals.Lost, Recycled: s.Totals.Recycled,
+			Connections: []tunnel.Connection{},
+		}
+		if s.Tunnel != [16]byte{} {
+			l.ID = s.Tunnel.String()
+		}
+		for _, conn := range s.Connections {
+			l.InFlight += conn.InFlight
+			one := tunnel.Connection{
+				Index: conn.Index, State: string(conn.State), Registered: conn.State == cloudflare.Registered, Protocol: string(conn.Protocol),
+				Location: conn.Location, Since: conn.Since, Error: conn.Error,
+			}
+			if conn.Address != (netip.AddrPort{}) {
+				one.Address = conn.Address.String()
+			}
+			l.Connections = append(l.Connections, one)
+		}
+		out = append(out, l)
+	}
+	slices.SortFunc(out, func(a, b tunnel.Link) int { return cmp.Compare(a.Tunnel, b.Tunnel) })
+	return out
+}
+
+// records keeps tunnels and DNS records through Cloudflare's API, where the
+// configuration has a section for it. It is a task.
+type records struct {
+	keeper *api.Keeper
+	loop   *reconcile.Loop
+	after  func(context.Context) error // each good turn; set before Run
+
+	mu      sync.Mutex
+	enabled bool
+}
+
+func newRecords(c *tunnel.Config, log *slog.Logger) *records {
+	// It is told what to do when the configuration is applied, and not before.
+	r := &records{keeper: api.New(api.Settings{}, "edgeward/"+tunnel.Version, log.With("component", "cloudflare"))}
+	r.loop = reconcile.New(reconcile.Config{Name: "cloudflare", Turn: r.turn, Interval: c.Cloudflare.Interval, Limit: 5 * time.Minute, Retry: 5 * time.Second, LongestRetry: 5 * time.Minute, Log: log})
+	return r
+}
+
+func (r *records) String() string { return "cloudflare" }
+
+// Run keeps the records in step until ctx ends. Nothing is removed then.
+func (r *records) Run(ctx context.Context) error { return r.loop.Run(ctx) }
+
+func (r *records) turn(ctx context.Context) (time.Time, error) {
+	if !r.on() {
+		return time.Time{}, nil
+	}
+	next, err := r.keeper.Turn(ctx)
+	if err != nil {
+		return next, err
+	}
+	return next, r.after(ctx)
+}
+
+func (r *records) on() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.enabled
+}
+
+func (r *records) apply(c *tunnel.Config) error {
+	settings, err := api.From(c)
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	r.enabled = c.Cloudflare.Enabled()
+	r.mu.Unlock()
+	r.keeper.Update(settings)
+	r.loop.Trigger()
+	return nil
+}
+
+func (r *records) calls() tunnel.Calls {
+	usage := r.keeper.Usage()
+	out := tunnel.Calls{Made: map[tunnel.Call]uint64{}, Left: usage.Left}
+	for call, n := range usage.Calls {
+		out.Made[tunnel.Call{What: call.What, Outcome: call.Outcome}] = n
+	}
+	return out
+}
+
+// standing is the whole of /v1/status.
+func standing(gate *tunnel.Gate, c *connectors, r *records, w *tunnel.Watcher) tunnel.Status {
+	s := gate.Status(c.links())
+	s.Trouble = w.Trouble()
+	if r.on() {
+		s.Cloudflare = r.keeper.Report()
+	}
+	return s
+}
+
+// answers are what the command line may ask.
+func answers(gate *tunnel.Gate, status func() any) daemon.Answers {
+	return daemon.Answers{
+		"/v1/status": func(url.Values) (any, error) { return status(), nil },
+		"/v1/why": func(query url.Values) (any, error) {
+			addr, err := netip.ParseAddr(query.Get("address"))
+			if err != nil {
+				return nil, err
+			}
+			return gate.Why(addr), nil
+		},
+	}
+}
