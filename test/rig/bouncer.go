@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 )
 
@@ -61,7 +60,7 @@ func StartNodeBouncer(ctx context.Context, opts NodeBouncerOptions) (*NodeBounce
 		life:  ctx,
 		ready: b.answers,
 	}
-	err = b.build(ctx)
+	err = Build(ctx, dir, "edgeward-bouncer")
 	if err == nil {
 		err = b.Configure(opts.Config)
 	}
@@ -72,20 +71,6 @@ func StartNodeBouncer(ctx context.Context, opts NodeBouncerOptions) (*NodeBounce
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	return b, nil
-}
-
-func (b *NodeBouncer) build(ctx context.Context) error {
-	root, err := Root()
-	if err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-trimpath", "-ldflags", "-s -w", "-o", b.Program, "./cmd/edgeward-bouncer")
-	cmd.Dir = root
-	cmd.Env = append(cleanGoEnv(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("build the node bouncer: %w: %s", err, tail(string(out), 2000))
-	}
-	return nil
 }
 
 // Configure writes the configuration that the next start reads, with extra beside
