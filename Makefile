@@ -26,9 +26,10 @@ help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: tools ## Run the whole gateway on this machine; ONCE=1 proves it and exits, FROM=10 is the kernel
+demo: tools ## Run the whole gateway on this machine; ONCE=1 proves it and exits, FROM=10 is the kernel, FROM=15 the tunnel
 	@$(GO) build -o dist/demo ./test/demo
-	@exec dist/demo $(if $(ONCE),-once) $(if $(FROM),-from $(FROM))
+	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o dist/ ./cmd/edgeward ./cmd/edgeward-tunnel
+	@exec dist/demo -programs dist $(if $(ONCE),-once) $(if $(FROM),-from $(FROM))
 
 .PHONY: test
 test: test-plan tools lint test-race test-interpreted test-real ## Prove everything on the real tools: 10 minutes, 40 the first time
@@ -59,9 +60,10 @@ test-real: ## Run the suites on the real Traefik and CrowdSec
 	@$(GO) test -count=1 -p 1 -timeout 30m ./test/...
 
 .PHONY: bench
-bench: tools ## Measure requests in the real Traefik, then bans and packets on a node (as root), side by side
+bench: tools ## Measure requests in the real Traefik, bans and packets on a node (as root), the tunnel; side by side
 	@$(GO) run ./test/benchmark
 	@$(GO) run ./test/benchmark/node
+	@$(GO) run ./test/benchmark/tunnel
 
 .PHONY: fuzz
 fuzz: ## Give each fuzz target a short run; FUZZTIME=20s

@@ -29,28 +29,42 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/edgeward/edgeward/test/benchmark/figures"
 	"github.com/edgeward/edgeward/test/cfedge"
+	"github.com/edgeward/edgeward/test/rig"
 )
 
 type options struct {
 	rounds, requests, busy int
 	bulk                   int64 // bytes
+	readme                 bool
 	log                    io.Writer
 }
+
+// full are the sizes that the published figures come from.
+var full = options{rounds: 5, requests: 6000, busy: 64, bulk: 1 << 30}
+
+// quick are sizes that show in seconds that all of it works.
+var quick = options{rounds: 2, requests: 100, busy: 8, bulk: 1 << 20}
 
 func (o options) say(format string, args ...any) { fmt.Fprintf(o.log, format+"\n", args...) }
 
 func main() {
-	opts := options{log: os.Stderr}
-	var bulk int
+	opts := full
+	small := flag.Bool("quick", false, "show in seconds that all of it works; the figures mean nothing")
+	flag.IntVar(&opts.rounds, "rounds", full.rounds, "rounds, of which the median counts")
+	flag.IntVar(&opts.requests, "requests", full.requests, "requests of each connector in a round")
+	flag.IntVar(&opts.busy, "busy", full.busy, "requests under way at once")
+	bulk := flag.Int64("bulk", full.bulk>>20, "MiB to move each way through each connector; 0 for none")
+	readme := flag.Bool("readme", false, "rewrite the tables of docs/benchmarks.md")
 	var child string
-	flag.IntVar(&opts.rounds, "rounds", 5, "rounds, of which the median counts")
-	flag.IntVar(&opts.requests, "requests", 6000, "requests of each connector in a round")
-	flag.IntVar(&opts.busy, "busy", 64, "requests under way at once")
-	flag.IntVar(&bulk, "bulk", 1024, "MiB to move each way through each connector; 0 for none")
 	flag.StringVar(&child, "connector", "", "be a connector, as this program asks of itself")
 	flag.Parse()
-	opts.bulk = int64(bulk) << 20
+	opts.bulk = *bulk << 20
+	if *small {
+		opts = quick
+	}
+	opts.readme, opts.log = *readme, os.Stderr
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	err := run(ctx, opts, child)
@@ -108,6 +122,7 @@ func measure(ctx context.Context, opts options, out io.Writer) error {
 	}
 	account := edge.Cloud().AddAccount("benchmark")
 	var all []*contestant
+	var pids []int
 	for _, protocol := range []string{"http2", "quic"} {
 		for _, name := range []string{"edgeward", "cloudflared"} {
 			c := &contestant{name: name, protocol: protocol, tunnel: edge.Cloud().AddTunnel(account, name+" "+protocol, nil)}
@@ -115,7 +130,7 @@ func measure(ctx context.Context, opts options, out io.Writer) error {
 				return fmt.Errorf("start %s over %s: %w", name, protocol, err)
 			}
 			defer c.stop()
-			all = append(all, c)
+			all, pids = append(all, c), append(pids, c.process.Process.Pid)
 		}
 	}
 	for _, c := range all {
@@ -127,6 +142,10 @@ func measure(ctx context.Context, opts options, out io.Writer) error {
 		if c.idle, err = c.usage(ctx); err != nil {
 			return err
 		}
+	}
+	others, err := figures.WatchMachine(pids...)
+	if err != nil {
+		return err
 	}
 	for round := range opts.rounds {
 		order := slices.Clone(all)
@@ -153,11 +172,27 @@ func measure(ctx context.Context, opts options, out io.Writer) error {
 			opts.say("%s over %s: %.0f MiB/s down, %.0f up, peak %d MiB", c.name, c.protocol, c.down, c.up, c.bulk.Peak>>20)
 		}
 	}
-	fmt.Fprint(out, markdown(all, opts))
+	share, err := others()
+	if err != nil {
+		return err
+	}
+	text := markdown(all, opts) + fmt.Sprintf("\nWhile this was measured, everything else used %.0f %% of the machine.\n", 100*share)
+	fmt.Fprint(out, text)
 	if counts := edge.Counts(); counts.Failed+counts.NoTunnel+counts.Lost > 0 {
 		return fmt.Errorf("measure requests: some failed: %+v", counts)
 	}
-	return nil
+	if !opts.readme {
+		return nil
+	}
+	machine, err := figures.Machine()
+	if err != nil {
+		return err
+	}
+	root, err := rig.Root()
+	if err != nil {
+		return err
+	}
+	return figures.WriteReadme(root, "bench tunnel", fmt.Sprintf("The tunnel, measured by `make bench` on %s, edge and visitors on the same machine.\n\n%s", machine, text))
 }
 
 func (c *contestant) start(ctx context.Context, edge *cfedge.Edge, origin string) error {
