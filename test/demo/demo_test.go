@@ -11,11 +11,14 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/edgeward/edgeward/test/rig"
 )
 
 // TestMain makes the test binary the demo itself where a test asks for it.
@@ -25,7 +28,31 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if programs.dir != "" {
+		os.RemoveAll(programs.dir)
+	}
+	os.Exit(code)
+}
+
+// programs are built once for all demos that run below a shell.
+var programs struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+func builtPrograms(t *testing.T) string {
+	t.Helper()
+	programs.once.Do(func() {
+		if programs.dir, programs.err = os.MkdirTemp("", "edgeward-demo-programs-"); programs.err == nil {
+			programs.err = rig.Build(context.Background(), programs.dir, "edgeward", "edgeward-tunnel")
+		}
+	})
+	if programs.err != nil {
+		t.Fatal(programs.err)
+	}
+	return programs.dir
 }
 
 func TestEveryStepHolds(t *testing.T) {
@@ -34,13 +61,13 @@ func TestEveryStepHolds(t *testing.T) {
 	defer cancel()
 	var out bytes.Buffer
 	began := time.Now()
-	err := run(ctx, &out, true, 1)
+	err := run(ctx, &out, true, 1, "") // which builds the programs itself
 	t.Logf("the story took %s:\n%s", spoken(time.Since(began)), out.String())
 	if err != nil {
 		t.Error(err)
 	}
-	if got := len(regexp.MustCompile(`(?m)^\d+  `).FindAllString(out.String(), -1)); got != 14 {
-		t.Errorf("%d steps were played, want 14", got)
+	if got := len(regexp.MustCompile(`(?m)^\d+  `).FindAllString(out.String(), -1)); got != 17 {
+		t.Errorf("%d steps were played, want 17", got)
 	}
 	for line := range strings.Lines(out.String()) {
 		// How long the path of the temporary directory is, is not ours to say.
@@ -102,6 +129,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 	}{
 		{name: "interrupt", from: 1, at: "\n2  ", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }},
 		{name: "interrupt while packets fly", from: 13, at: "on-node nft flush ruleset", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }},
+		{name: "interrupt amid a rollover", from: 17, at: "# the old one", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }},
 		{name: "terminate", from: 1, at: "\n2  ", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGTERM) }},
 		{name: "the parent is killed", from: 1, at: "\n2  ", end: func(shell, _ int) error { return syscall.Kill(shell, syscall.SIGKILL) }},
 		{name: "killed", from: 10, at: "cscli decisions add", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGKILL) }, files: true},
@@ -154,13 +182,13 @@ func TestKernelLayerIsLeftOut(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	dir := t.TempDir()
-	shell, _, said := begin(ctx, t, dir, "-once -from 9", "setpriv", "--bounding-set=-sys_admin", os.Args[0])
+	shell, _, said := begin(ctx, t, dir, "-once -from 15", "setpriv", "--bounding-set=-sys_admin", os.Args[0])
 	if err := shell.Wait(); err == nil {
 		t.Errorf("-once succeeds without the kernel layer:\n%s", said())
 	}
 	for _, want := range []string{
 		"The kernel layer is left out: it needs root and namespaces (sudo make demo).\n",
-		"\n9  ",
+		"\n15  ",
 		"demo: the steps in the kernel were not played: they need root and network namespaces: ",
 	} {
 		if !strings.Contains(said(), want) {
@@ -180,7 +208,7 @@ func begin(ctx context.Context, t *testing.T, dir, flags string, command ...stri
 	log := filepath.Join(t.TempDir(), "log")
 	script := `log=$1; shift; "$@" >"$log" 2>&1 & echo $!; wait $!`
 	shell = exec.CommandContext(ctx, "sh", append([]string{"-c", script, "sh", log}, command...)...)
-	shell.Env = append(os.Environ(), "DEMO_ITSELF="+flags, "TMPDIR="+dir)
+	shell.Env = append(os.Environ(), "DEMO_ITSELF="+flags+" -programs "+builtPrograms(t), "TMPDIR="+dir)
 	shell.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := shell.StdoutPipe()
 	if err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -38,6 +40,7 @@ type gateway struct {
 	origin  *rig.Origin
 	node    *node // nil where barred says why
 	barred  error
+	tunnel  *tunnel
 
 	bin      string                  // directory of the commands to type
 	dynamic  string                  // Traefik's dynamic configuration, with REVISION in it
@@ -47,9 +50,10 @@ type gateway struct {
 	revision int
 }
 
-// open starts everything and returns when the gateway serves. ctx bounds the
-// start alone: what runs is ended by close, in order.
-func open(ctx context.Context, s *story) (_ *gateway, err error) {
+// open starts everything and returns when the gateway serves; the tunnel begins in
+// the story. Where programs names no directory that has them, they are built. ctx
+// bounds the start alone: what runs is ended by close, in order.
+func open(ctx context.Context, s *story, programs string) (_ *gateway, err error) {
 	g := &gateway{story: s, clients: map[string]*http.Client{}, began: time.Now()}
 	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	g.stopped = cancel
@@ -60,6 +64,9 @@ func open(ctx context.Context, s *story) (_ *gateway, err error) {
 			err = errors.Join(err, g.close())
 		}
 	}()
+	if g.tunnel, err = layTunnel(life, g, programs); err != nil {
+		return nil, err
+	}
 	if g.origin, err = rig.StartOrigin(life); err != nil {
 		return nil, err
 	}
@@ -74,11 +81,12 @@ func open(ctx context.Context, s *story) (_ *gateway, err error) {
 		return nil, err
 	}
 	g.dynamic = strings.NewReplacer("ORIGIN", g.origin.URL, "LAPI", g.lapi.URL, "KEY", key,
-		"INTERVAL", pollInterval.String(), "PROXY", trustedProxy).Replace(`
+		"INTERVAL", pollInterval.String(), "PROXY", trustedProxy, "HOST", publicHost, "SIGNED", g.tunnel.file("identity-key")).Replace(`
 http:
   routers:
     site: {rule: "PathPrefix(` + "`/`" + `)", service: origin, middlewares: [revision, enforce]}
     observed: {rule: "PathPrefix(` + "`/observed`" + `)", service: origin, middlewares: [observe]}
+    public: {rule: "Host(` + "`HOST`" + `)", service: origin, middlewares: [revision, signed]}
   services:
     origin: {loadBalancer: {servers: [{url: "ORIGIN"}]}}
   middlewares:
@@ -95,6 +103,11 @@ http:
         edgeward:
           mode: observe
           lapi: *lapi
+    signed:
+      plugin:
+        edgeward:
+          lapi: *lapi
+          client: {preset: edgeward-tunnel, keyFile: "SIGNED"}
 `)
 	if err := g.configure(ctx); err != nil {
 		return nil, err
@@ -102,16 +115,15 @@ http:
 	if err := g.commands(ctx); err != nil {
 		return nil, err
 	}
-	if g.barred = closedDoor(ctx); g.barred != nil {
-		return g, nil
+	if g.barred = closedDoor(ctx); g.barred == nil {
+		if g.node, err = openNode(ctx, life, g); err != nil {
+			return nil, err
+		}
+		if err := g.node.addCommands(); err != nil {
+			return nil, err
+		}
 	}
-	if g.node, err = openNode(ctx, life, g); err != nil {
-		return nil, err
-	}
-	if err := g.node.addCommands(); err != nil {
-		return nil, err
-	}
-	return g, nil
+	return g, g.tunnel.open(ctx)
 }
 
 // configure hands Traefik its dynamic configuration as a new revision of it.
@@ -130,11 +142,36 @@ func (g *gateway) commands(ctx context.Context) error {
 	if g.bin, err = os.MkdirTemp("", "edgeward-demo-"); err != nil {
 		return fmt.Errorf("make a directory for the commands: %w", err)
 	}
-	script := fmt.Sprintf("#!/bin/sh\nexec '%s' -c '%s' \"$@\"\n", cscli, filepath.Join(g.lapi.Dir, "etc", "config.yaml"))
-	if err := os.WriteFile(filepath.Join(g.bin, "cscli"), []byte(script), 0o755); err != nil {
+	return g.command("cscli", fmt.Sprintf("exec '%s' -c '%s'", cscli, filepath.Join(g.lapi.Dir, "etc", "config.yaml")))
+}
+
+// command writes a command into that directory. does is a shell script, the last
+// line of which is given the arguments.
+func (g *gateway) command(name, does string) error {
+	if err := os.WriteFile(filepath.Join(g.bin, name), []byte("#!/bin/sh\n"+does+" \"$@\"\n"), 0o755); err != nil {
 		return fmt.Errorf("write the commands: %w", err)
 	}
 	return nil
+}
+
+// types shows a command of the directory on the PATH, runs it, and returns what
+// it wrote.
+func (g *gateway) types(ctx context.Context, name string, args ...string) (string, error) {
+	command := name
+	for _, arg := range args {
+		if strings.Contains(arg, " ") {
+			arg = `"` + arg + `"`
+		}
+		command += " " + arg
+	}
+	g.does(command)
+	var out, wrong bytes.Buffer
+	cmd := exec.CommandContext(ctx, filepath.Join(g.bin, name), args...)
+	cmd.Stdout, cmd.Stderr = &out, &wrong
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("%s: %w: %s", command, err, bytes.TrimSpace(wrong.Bytes()))
+	}
+	return out.String(), nil
 }
 
 // close ends everything and removes what it wrote.
@@ -145,6 +182,9 @@ func (g *gateway) close() error {
 	}
 	if g.node != nil {
 		errs = append(errs, g.node.close())
+	}
+	if g.tunnel != nil {
+		errs = append(errs, g.tunnel.close())
 	}
 	if g.traefik != nil {
 		errs = append(errs, g.traefik.Close())
@@ -172,7 +212,7 @@ func (g *gateway) introduce(once bool) {
 	if !once {
 		g.say("To type along, in another shell:\n    export PATH=%s:$PATH", g.bin)
 	}
-	g.say("Plugin and node bouncer ask LAPI every %s here; 10 s is the default.", pollInterval)
+	g.say("Plugin, node bouncer and tunnel ask LAPI every %s here; 10 s is the default.", pollInterval)
 }
 
 // invite says what there is to play with while the demo stays up.
@@ -189,7 +229,7 @@ func (g *gateway) invite(failed []string) {
   cscli decisions delete --ip 127.0.0.2
   for i in 1 2 3 4; do curl -si --interface 127.0.0.2 %[2]s/login; done
   kill -STOP %[3]d; sleep 5; kill -CONT %[3]d     # LAPI hangs for a while
-%[10]s  configuration  %[4]s
+%[10]s%[11]s  configuration  %[4]s
                  %[5]s
   refusals       %[6]s
   LAPI           %[7]s, log in
@@ -197,7 +237,7 @@ func (g *gateway) invite(failed []string) {
   Traefik        %[9]s/api/rawdata`,
 		g.bin, g.site(), g.lapi.PID(),
 		filepath.Join(g.traefik.Dir, "traefik.yml"), filepath.Join(g.traefik.Dir, "dynamic", "dynamic.yml"),
-		filepath.Join(g.traefik.Dir, "traefik.log"), g.lapi.URL, filepath.Join(g.lapi.Dir, "crowdsec.log"), g.traefik.APIURL, g.node.invite())
+		filepath.Join(g.traefik.Dir, "traefik.log"), g.lapi.URL, filepath.Join(g.lapi.Dir, "crowdsec.log"), g.traefik.APIURL, g.node.invite(), g.tunnel.invite())
 }
 
 // answer is what a client got.
@@ -232,6 +272,10 @@ func fetch(ctx context.Context, client *http.Client, url string, headers ...stri
 		return answer{}, fmt.Errorf("make a request: %w", err)
 	}
 	for i := 0; i+1 < len(headers); i += 2 {
+		if headers[i] == "Host" {
+			req.Host = headers[i+1]
+			continue
+		}
 		req.Header.Set(headers[i], headers[i+1])
 	}
 	began := time.Now()
@@ -250,12 +294,26 @@ func fetch(ctx context.Context, client *http.Client, url string, headers ...stri
 // curl shows a request as the command that makes it, sends it, and demands a
 // status.
 func (g *gateway) curl(ctx context.Context, want int, from, path string, headers ...string) (answer, error) {
-	command := "curl --interface " + from
+	return g.curlAt(ctx, want, from, g.site()+path, headers...)
+}
+
+// curlAt is curl to what may be another place than the gateway: HOST:PORT/PATH.
+func (g *gateway) curlAt(ctx context.Context, want int, from, url string, headers ...string) (answer, error) {
+	const room = width - 4 - len(` \`)
+	words := make([]string, 0, len(headers)/2+1)
 	for i := 0; i+1 < len(headers); i += 2 {
-		command += fmt.Sprintf(" -H '%s: %s'", headers[i], headers[i+1])
+		words = append(words, fmt.Sprintf("-H '%s: %s'", headers[i], headers[i+1]))
 	}
-	g.does(command + " " + g.site() + path)
-	a, err := g.get(ctx, from, path, headers...)
+	lines := []string{"curl --interface " + from}
+	for _, word := range append(words, url) {
+		if last := &lines[len(lines)-1]; len(*last)+1+len(word) <= room {
+			*last += " " + word
+		} else {
+			lines = append(lines, "  "+word)
+		}
+	}
+	g.does(strings.Join(lines, " \\\n    "))
+	a, err := fetch(ctx, g.client(from), "http://"+url, headers...)
 	if err != nil {
 		return a, err
 	}

@@ -2,9 +2,11 @@
 // CrowdSec LAPI, the real Traefik with the bundled plugin, and an origin behind
 // them, all on loopback. The kernel layer is the real node bouncer on the same
 // LAPI, in a network namespace that is the node, with visitors in another. The
-// demo plays a storyboard of bans, limits, reloads and accidents, each with the
-// command that a user would type, what came of it and how long it took, and then
-// stays up to be played with until Ctrl-C.
+// tunnel is the real edgeward-tunnel before that Traefik; Cloudflare's edge and API
+// are emulated (test/cfedge), and nothing leaves the machine. The demo plays a
+// storyboard of bans, limits, reloads and accidents, each with the command that a
+// user would type, what came of it and how long it took, and then stays up to be
+// played with until Ctrl-C.
 //
 // With -once it does not stay: it exits 0 only if every step held, and names
 // those that did not. It leaves no process, no network and no file behind. Who is
@@ -30,7 +32,8 @@ import (
 
 func main() {
 	once := flag.Bool("once", false, "end after the last step, with an error if one did not hold")
-	from := flag.Int("from", 1, "begin with step `N`; those in the kernel begin with 10")
+	from := flag.Int("from", 1, "begin with step `N`; those in the kernel begin with 10, those of the tunnel with 15")
+	programs := flag.String("programs", "", "`directory` of edgeward and edgeward-tunnel; without it they are built")
 	flag.Parse()
 	knock()
 	// SIGPIPE, so that a reader of the output that goes away ends the demo
@@ -39,7 +42,7 @@ func main() {
 	defer stop()
 	ctx, cancel := untilOrphaned(ctx)
 	defer cancel()
-	if err := run(ctx, os.Stdout, *once, *from); err != nil {
+	if err := run(ctx, os.Stdout, *once, *from, *programs); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
@@ -47,10 +50,10 @@ func main() {
 
 // run opens the gateway, plays the storyboard from a step on and, unless once,
 // stays until ctx ends.
-func run(ctx context.Context, out io.Writer, once bool, from int) (err error) {
+func run(ctx context.Context, out io.Writer, once bool, from int, programs string) (err error) {
 	s := newStory(out)
-	s.say("edgeward: starting CrowdSec's LAPI, Traefik with the plugin, and a node")
-	g, err := open(ctx, s)
+	s.say("edgeward: starting CrowdSec's LAPI, Traefik with the plugin, a node and a tunnel")
+	g, err := open(ctx, s, programs)
 	if err != nil {
 		return err
 	}
@@ -68,9 +71,8 @@ func run(ctx context.Context, out io.Writer, once bool, from int) (err error) {
 		{"Observe mode logs what it would refuse, and refuses nothing", g.observe},
 		{"Traefik reloads its configuration under load", g.reload},
 	}
-	if g.node != nil {
-		steps = append(steps, g.node.steps()...)
-	}
+	steps = append(steps, g.node.steps()...)
+	steps = append(steps, g.tunnel.steps()...)
 	failed := play(ctx, s, steps, from)
 	if ctx.Err() != nil {
 		if once {
@@ -94,7 +96,8 @@ func run(ctx context.Context, out io.Writer, once bool, from int) (err error) {
 	return nil
 }
 
-// step is one scene: its title, and what is done and demanded in it.
+// step is one scene: its title, and what is done and demanded in it; nil where it
+// is left out.
 type step struct {
 	title string
 	act   func(context.Context) error
@@ -105,7 +108,7 @@ type step struct {
 // when ctx does.
 func play(ctx context.Context, s *story, steps []step, from int) (failed []string) {
 	for i, step := range steps {
-		if i+1 < from {
+		if i+1 < from || step.act == nil {
 			continue
 		}
 		s.title(i+1, step.title)

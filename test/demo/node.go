@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -123,22 +122,17 @@ func (n *node) addCommands() error {
 		// Whoever is not root here has a user namespace to enter first.
 		return fmt.Sprintf("[ \"$(id -u)\" = 0 ] || as='--user=/proc/%d/ns/user --preserve-credentials'\nexec nsenter $as --net=%s", os.Getpid(), n.file(ns))
 	}
-	for name, does := range map[string]string{
-		"on-node":          "PATH=$PATH:/usr/sbin\n" + enter(n.machine),
-		"outside":          enter(n.visitors),
-		"edgeward-bouncer": fmt.Sprintf("set -- \"$@\" --config '%s'\n%s '%s'", n.agent.ConfigFile, enter(n.machine), n.agent.Program),
-	} {
-		if err := os.WriteFile(filepath.Join(n.bin, name), []byte("#!/bin/sh\n"+does+" \"$@\"\n"), 0o755); err != nil {
-			return fmt.Errorf("write the commands: %w", err)
-		}
-	}
-	return nil
+	return errors.Join(
+		n.command("on-node", "PATH=$PATH:/usr/sbin\n"+enter(n.machine)),
+		n.command("outside", enter(n.visitors)),
+		n.command("edgeward-bouncer", fmt.Sprintf("set -- \"$@\" --config '%s'\n%s '%s'", n.agent.ConfigFile, enter(n.machine), n.agent.Program)),
+	)
 }
 
 // invite says what there is to play with; nothing where there is no node.
 func (n *node) invite() string {
 	if n == nil {
-		return "\n"
+		return ""
 	}
 	return fmt.Sprintf(`  edgeward-bouncer status
   cscli decisions add --ip %[1]s --duration 5m
@@ -181,26 +175,6 @@ func (n *node) follows(ctx context.Context) error {
 			return err
 		}
 	}
-}
-
-// types shows a command of the directory on the PATH, runs it, and returns what
-// it wrote.
-func (n *node) types(ctx context.Context, name string, args ...string) (string, error) {
-	command := name
-	for _, arg := range args {
-		if strings.Contains(arg, " ") {
-			arg = `"` + arg + `"`
-		}
-		command += " " + arg
-	}
-	n.does(command)
-	var out, wrong bytes.Buffer
-	cmd := exec.CommandContext(ctx, filepath.Join(n.bin, name), args...)
-	cmd.Stdout, cmd.Stderr = &out, &wrong
-	if err := cmd.Run(); err != nil {
-		return out.String(), fmt.Errorf("%s: %w: %s", command, err, bytes.TrimSpace(wrong.Bytes()))
-	}
-	return out.String(), nil
 }
 
 // at is where a visitor finds the service.
