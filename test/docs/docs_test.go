@@ -1,7 +1,7 @@
 // Package docs holds the README and the pages of docs to what is true: a table
 // lists the plugin's options, all of them and no others; the real Traefik accepts
-// the examples with the bundled plugin, and the quick start serves a site;
-// commands and links lead somewhere. It has no opinion on words, and nobody
+// the examples with the bundled plugin, the node bouncer and the tunnel theirs, and
+// the quick start serves a site; commands and links lead somewhere. It has no opinion on words, and nobody
 // imports it.
 package docs
 
@@ -29,6 +29,7 @@ import (
 	"github.com/edgeward/edgeward/plugin"
 	"github.com/edgeward/edgeward/test/rig"
 	"github.com/edgeward/edgeward/test/rig/rigtest"
+	"github.com/edgeward/edgeward/tunnel"
 )
 
 // page is a text for readers.
@@ -41,6 +42,7 @@ const (
 	readme     = "README.md"
 	pluginPage = "docs/plugin.md"
 	nodePage   = "docs/node.md"
+	tunnelPage = "docs/tunnel.md"
 )
 
 // pages returns the README and what docs holds.
@@ -90,7 +92,7 @@ func options(tag string, section reflect.Type, at string) []string {
 		typ := section.Field(i).Type
 		switch {
 		case name == "" || name == "-":
-		case typ.Kind() == reflect.Struct && typ.NumMethod() == 0 && !reflect.PointerTo(typ).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()):
+		case typ.Kind() == reflect.Struct && !reflect.PointerTo(typ).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()):
 			names = append(names, options(tag, typ, at+name+".")...)
 		case typ.Kind() == reflect.Slice && typ.Elem().Kind() == reflect.Struct && !reflect.PointerTo(typ.Elem()).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()):
 			names = append(names, options(tag, typ.Elem(), at+name+"[].")...)
@@ -105,6 +107,7 @@ func TestTablesListExactlyTheOptions(t *testing.T) {
 	for name, exist := range map[string][]string{
 		pluginPage: options("json", reflect.TypeFor[plugin.Config](), ""),
 		nodePage:   options("yaml", reflect.TypeFor[bouncer.Config](), ""),
+		tunnelPage: options("yaml", reflect.TypeFor[tunnel.Config](), ""),
 	} {
 		_, text := named(t, name)
 		_, text, _ = strings.Cut(text, "\n| option | default | meaning |\n")
@@ -174,12 +177,13 @@ http:
 	}
 	sections := options("json", reflect.TypeFor[plugin.Config](), "")
 	switch {
+	case e.tunnel():
 	case e.has("http"):
 		return e.yaml, true
 	case e.has("apiVersion", "kind", "spec"):
 		_, spec, _ := strings.Cut(e.yaml, "\nspec:\n")
 		// Traefik resolves the reference, where there is a Kubernetes.
-		return wrap(regexp.MustCompile(`urn:k8s:secret:[\w-]+:[\w-]+`).ReplaceAllString(spec, "the-key")), true
+		return wrap(regexp.MustCompile(`urn:k8s:secret:[\w-]+:[\w-]+`).ReplaceAllString(spec, "the-key-of-an-example-and-of-no-other")), true
 	case slices.ContainsFunc(sections, func(option string) bool {
 		top, _, _ := strings.Cut(option, ".")
 		return strings.TrimSuffix(top, "[]") == e.keys[0]
@@ -191,6 +195,44 @@ http:
 
 // node reports whether the example is a part of bouncer.yaml.
 func (e example) node() bool { return e.has("lists") || e.has("auth") || e.has("firewall") }
+
+// tunnel reports whether the example is tunnel.yaml, or a part of it.
+func (e example) tunnel() bool { return e.has("tunnels") || e.has("hosts") || e.has("cloudflare") }
+
+func TestTunnelAcceptsItsExamples(t *testing.T) {
+	root, all := pages(t)
+	const (
+		lapi    = "lapi: {url: http://127.0.0.1:8080, keyFile: /etc/edgeward/tunnel-lapi-key}\n"
+		tunnels = "tunnels: [{name: home, tokenFile: /etc/edgeward/tunnel-token}]\n"
+	)
+	judged := 0
+	for _, p := range all {
+		for _, e := range examples(p.text) {
+			if !e.tunnel() {
+				continue
+			}
+			judged++
+			if !e.has("lapi") {
+				e.yaml = lapi + e.yaml
+			}
+			if !e.has("tunnels") {
+				e.yaml = tunnels + e.yaml
+			}
+			if _, err := tunnel.Parse(p.name, []byte(e.yaml)); err != nil {
+				t.Errorf("%s:%d: %v, for\n%s", p.name, e.line, err, e.yaml)
+			}
+		}
+	}
+	if judged < 3 {
+		t.Errorf("%d examples were found, want 3 or more", judged)
+	}
+	// What is installed is an example too.
+	for _, name := range []string{"deploy/tunnel/tunnel.yaml", "deploy/tunnel/kubernetes/tunnel.yaml"} {
+		if _, err := tunnel.Load(filepath.Join(root, name)); err != nil {
+			t.Error(err)
+		}
+	}
+}
 
 func TestBouncerAcceptsItsExamples(t *testing.T) {
 	_, all := pages(t)
@@ -287,7 +329,7 @@ func TestQuickStartServesASite(t *testing.T) {
 		switch {
 		case e.has("entryPoints"):
 			name = "static"
-		case e.node():
+		case e.node(), e.tunnel():
 			continue
 		case !e.has("http"):
 			if _, ok := e.dynamic(); !ok {

@@ -59,11 +59,7 @@ func built(t testing.TB) string {
 			return
 		}
 		build.path = filepath.Join(dir, "edgeward-tunnel")
-		cmd := exec.Command("go", "build", "-o", build.path, "../../cmd/edgeward-tunnel")
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			build.err = fmt.Errorf("build the tunnel: %w: %s", err, out)
-		}
+		build.err = rig.Build(context.Background(), dir, "edgeward-tunnel")
 	})
 	if build.err != nil {
 		t.Fatal(build.err)
