@@ -8,8 +8,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-
-	"github.com/edgeward/edgeward/tunnel"
 )
 
 // TunnelOptions says what a tunnel follows and where it leads.
@@ -79,8 +77,20 @@ func (t *Tunnel) bind(ports []int) error {
 // registered at the edge.
 func (t *Tunnel) Start(ctx context.Context) error { return t.startAnywhere(ctx, 1, t.bind) }
 
+// TunnelStatus is of what the tunnel says of itself what is of use here; this
+// package is used by the tests of the core, and cannot import its types.
+type TunnelStatus struct {
+	Links []struct {
+		Wanted      int
+		Connections []struct {
+			Registered bool
+			Protocol   string
+		}
+	}
+}
+
 // Status asks the tunnel how it stands.
-func (t *Tunnel) Status(ctx context.Context) (s tunnel.Status, err error) {
+func (t *Tunnel) Status(ctx context.Context) (s TunnelStatus, err error) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, t.URL+"/v1/status", nil)
 	if err != nil {
