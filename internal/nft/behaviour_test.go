@@ -26,6 +26,8 @@ func TestStops(t *testing.T) {
 		{"default", func(*Config) {}, []string{
 			"type filter hook prerouting priority raw; policy accept;", "tcp flags syn / syn,ack goto source_1",
 			"type filter hook prerouting priority mangle; policy accept;", "ct direction reply accept",
+			"type filter hook postrouting priority mangle; policy accept;", "ct state new tcp flags != syn / syn,ack goto resumed_1",
+			"ip daddr map @bans4_1 goto resumed-banned_1",
 			"meta mark set ip saddr map @bans4_1 goto banned_1", `elements = { "cni*",`,
 		}},
 		{"replies dropped", func(c *Config) { c.DropReplies = true }, []string{"priority raw"}},
@@ -188,8 +190,12 @@ func TestObserve(t *testing.T) {
 		}
 	}`)
 	w.stopped(false, bad4, bad6, peer4, peer6, addr("203.0.113.102"))
-	if text := w.nft(); !strings.Contains(text, "counter packets 0 bytes 0") {
+	text := w.nft()
+	if !strings.Contains(text, "counter packets 0 bytes 0") {
 		t.Errorf("marks were changed:\n%s", text)
+	}
+	if strings.Contains(text, "postrouting") {
+		t.Errorf("what leaves is looked at:\n%s", text)
 	}
 
 	seen := w.counter(Seen, "", false)
@@ -544,6 +550,7 @@ func TestListingLoads(t *testing.T) {
 			all := content(clientNets, ban(bad4), ban(bad6), Element{peer4, 2, time.Hour},
 				banRange("203.0.113.100", "203.0.113.103"), Range{addr("203.0.113.104"), addr("203.0.113.111"), 2, Forever},
 				banRange("255.255.255.0", "255.255.255.255"), banRange("2001:db8:f00::1000", "2001:db8:f00::1fff"))
+			all.Classes = append([]Class{{9, "ban/cut\" drop; #\n$x\\"}}, classes...) // CrowdSec takes any origin
 			if err := conn.Install(cfg, all); err != nil {
 				t.Fatal(err)
 			}

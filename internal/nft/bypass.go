@@ -13,16 +13,17 @@ import (
 
 // Bypass is something on this machine that may carry packets past the ruleset.
 type Bypass struct {
-	// Kind is flowtable, xdp, tc or cilium: established connections that nf_tables
-	// itself hands on; an eBPF program on an interface, before all of nf_tables;
-	// the service proxy made of these.
+	// Kind is flowtable, xdp, tc, cilium or exempt: established connections that
+	// nf_tables itself hands on; an eBPF program on an interface, before all of
+	// nf_tables; the service proxy made of these; an interface that is exempt by
+	// its name, and leads to the world by a default route.
 	Kind string `json:"kind"`
 	// Name is the flowtable, as "family table name", or the interface.
 	Name string `json:"name"`
 }
 
-// Bypasses tells what may carry packets past the ruleset, sorted. Interfaces that
-// match a pattern of exempt, as in Config, do not count. What eBPF programs do
+// Bypasses tells what may carry packets past the ruleset, sorted. Programs on
+// interfaces that match a pattern of exempt, as in Config, do not count. What eBPF programs do
 // nobody can tell: a counter of packets is found as well as a service proxy. It
 // needs no more than CAP_NET_ADMIN, and so misses programs attached by tcx links
 // whose owner is not Cilium.
@@ -47,6 +48,8 @@ func (c *Conn) Bypasses(exempt []string) ([]Bypass, error) {
 	if listErr != nil {
 		return out, errors.Join(err, fmt.Errorf("list interfaces: %w", listErr))
 	}
+	uplinks, routeErr := defaultRoutes(conn)
+	err = errors.Join(err, routeErr)
 	for _, m := range answers {
 		l, parseErr := parseLink(m.Data)
 		if parseErr != nil {
@@ -56,6 +59,9 @@ func (c *Conn) Bypasses(exempt []string) ([]Bypass, error) {
 			out = append(out, Bypass{"cilium", l.name})
 		}
 		if matches(exempt, l.name) {
+			if uplinks[l.index] {
+				out = append(out, Bypass{"exempt", l.name})
+			}
 			continue
 		}
 		if l.xdp {
@@ -77,6 +83,58 @@ func matches(patterns []string, name string) bool {
 		bare, open := strings.CutSuffix(p, "*")
 		return p == name || open && strings.HasPrefix(name, bare)
 	})
+}
+
+// defaultRoutes returns the interfaces that default routes of any table lead out
+// by.
+func defaultRoutes(conn *netlink.Conn) (map[uint32]bool, error) {
+	answers, err := conn.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.RTM_GETROUTE, Flags: netlink.Request | netlink.Dump},
+		Data:   make([]byte, unix.SizeofRtMsg),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	out := map[uint32]bool{}
+	for _, m := range answers {
+		indices, err := parseDefault(m.Data)
+		if err != nil {
+			return nil, err
+		}
+		for _, index := range indices {
+			out[index] = true
+		}
+	}
+	return out, nil
+}
+
+// parseDefault returns the interfaces that a route leads out by, if it is a
+// default one: a struct rtmsg and attributes, of which one may be a list of struct
+// rtnexthop.
+func parseDefault(data []byte) ([]uint32, error) {
+	if len(data) < unix.SizeofRtMsg {
+		return nil, fmt.Errorf("decode route: %d bytes", len(data))
+	}
+	if length, kind := data[1], data[7]; length != 0 || kind != unix.RTN_UNICAST {
+		return nil, nil
+	}
+	var out []uint32
+	if err := attributes(data[unix.SizeofRtMsg:], func(typ uint16, d *netlink.AttributeDecoder) {
+		value := d.Bytes()
+		switch {
+		case typ == unix.RTA_OIF && len(value) == 4:
+			out = append(out, binary.NativeEndian.Uint32(value))
+		case typ == unix.RTA_MULTIPATH:
+			for len(value) >= unix.SizeofRtNexthop {
+				out = append(out, binary.NativeEndian.Uint32(value[4:]))
+				n := (int(binary.NativeEndian.Uint16(value)) + 3) &^ 3
+				value = value[min(max(n, unix.SizeofRtNexthop), len(value)):]
+			}
+		}
+	}); err != nil {
+		return nil, fmt.Errorf("decode route: %w", err)
+	}
+	return out, nil
 }
 
 // link is an interface.

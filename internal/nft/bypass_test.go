@@ -2,6 +2,7 @@ package nft
 
 import (
 	"slices"
+	"strings"
 	"testing"
 	"unsafe"
 
@@ -62,4 +63,20 @@ func TestBypasses(t *testing.T) {
 	look(Bypass{"cilium", "cilium_host"}, Bypass{"tc", "up0"}, Bypass{"xdp", "up0"})
 	exempt = append(exempt, "up*")
 	look(Bypass{"cilium", "cilium_host"})
+}
+
+// An uplink with the name of a bridge for containers is exempt, and says so.
+func TestExemptUplink(t *testing.T) {
+	for _, route := range []string{
+		"-4 route add default via 192.0.2.2", "-6 route add default via 2001:db8::2", "-4 route add default dev up0 table 77",
+		"-4 route add default nexthop via 10.42.0.2 nexthop via 192.0.2.2",
+	} {
+		w := newWorld(t)
+		w.node.MustExec("ip", strings.Fields(route)...)
+		for exempt, want := range map[string][]Bypass{"up*": {{"exempt", "up0"}}, "lo": nil} {
+			if got, err := w.conn.Bypasses([]string{exempt}); err != nil || !slices.Equal(got, want) {
+				t.Errorf("%s, exempt %s: %v %v, want %v", route, exempt, got, err, want)
+			}
+		}
+	}
 }

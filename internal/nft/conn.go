@@ -333,7 +333,7 @@ func (b *batch) rules(ch chain, comment string) {
 // counters makes sure of those that the rules of l refer to.
 func (b *batch) counters(l *layout) {
 	for _, six := range []bool{false, true} {
-		for _, k := range []Kind{Seen, Protected, Waived, Unclassified} {
+		for _, k := range []Kind{Seen, Protected, Waived, Unclassified, Resumed} {
 			b.newCounter(counterName(k, "", six))
 		}
 		for _, lock := range l.config.Locks {

@@ -20,7 +20,7 @@ import (
 
 // layoutVersion changes with the rules that a Config becomes, so that those of
 // an older release are replaced.
-const layoutVersion = 3
+const layoutVersion = 4
 
 const (
 	defaultSYNPriority = -300 // "raw", before connection tracking
@@ -172,7 +172,7 @@ func word(name string) string {
 }
 
 // Counters outlive generations: their names have none.
-var kindNames = map[Kind]string{Banned: "banned", Locked: "locked", Seen: "seen", Protected: "protected", Waived: "waived", Unclassified: "unclassified"}
+var kindNames = map[Kind]string{Banned: "banned", Locked: "locked", Seen: "seen", Protected: "protected", Waived: "waived", Unclassified: "unclassified", Resumed: "resumed"}
 
 func counterName(k Kind, name string, six bool) string {
 	s := kindNames[k]
@@ -407,7 +407,7 @@ func (l *layout) baseChains() []chain {
 		start := l.count(Seen, "")
 		if c.Observe {
 			// There the look-up counts, so this comes before it; see chains.
-			start = append(l.exempt(nil), start...)
+			start = append(l.exempt(expr.MetaKeyIIFNAME, nil), start...)
 		}
 		late := chain{name: l.name(hook.name), hook: hook.number, priority: c.Priority}
 		switch {
@@ -425,9 +425,29 @@ func (l *layout) baseChains() []chain {
 			late.rules = append(start, rule(isReply, accept), rule(jump("source", l)))
 		}
 		out = append(out, late)
+		if l.tellsReplies() {
+			hook := resumeHooks[p]
+			out = append(out, chain{
+				name: l.name(hook.name), hook: hook.number, priority: defaultPriority,
+				rules: []exprs{rule(isNew, notSYN, jump("resumed", l))},
+			})
+		}
 	}
 	return out
 }
+
+// resumeHooks are where packets leave that a point's answer.
+var resumeHooks = map[Point]struct {
+	number int
+	name   string
+}{Prerouting: {4, "postrouting"}, Input: {3, "output"}, Forward: {2, "forward-out"}}
+
+// tellsReplies reports whether replies of banned addresses pass, and so whether
+// one has to be told from what only looks like one: a banned peer resets its
+// connection, connection tracking soon forgets it, and takes the next segment
+// that we send again for the first of one that we opened. Such a segment, in the
+// middle of a connection that nobody knows, does not leave for who is banned.
+func (l *layout) tellsReplies() bool { return !l.config.Observe && !l.config.DropReplies }
 
 // chains are those that the base chains lead to. A packet that "source" does not
 // send on returns to the base chain's end, and passes.
@@ -451,7 +471,7 @@ func (l *layout) chains() []chain {
 	} else {
 		// That an interface is exempt is asked after a hit: nearly all packets
 		// miss, and to compare a name costs more than to look for an address.
-		banned := chain{name: l.name("banned"), hook: -1, rules: l.exempt(noMark)}
+		banned := chain{name: l.name("banned"), hook: -1, rules: l.exempt(expr.MetaKeyIIFNAME, noMark)}
 		for _, six := range []bool{false, true} {
 			// The mark was nothing, most likely: this is before all who use it.
 			banned.rules = append(banned.rules, rule(
@@ -468,15 +488,15 @@ func (l *layout) chains() []chain {
 		banned.rules = append(banned.rules, l.count(Unclassified, "")...)
 		banned.rules = append(banned.rules, l.verdict()...)
 		out = append(out, banned)
+		if l.tellsReplies() {
+			out = append(out, l.resumed()...)
+		}
 		for _, m := range banMaps {
-			source.rules = append(source.rules, rule(
-				isFamily(m.six), address(m.six, true),
-				exprs{&expr.Lookup{SourceRegister: 1, DestRegister: 1, IsDestRegSet: true, SetName: l.name(m.base)}},
-				setMark, jump("banned", l)))
+			source.rules = append(source.rules, l.classOf(m.base, m.six, true, "banned"))
 		}
 	}
 	for i := range l.config.Locks {
-		closed := chain{name: l.lock(i, "closed"), hook: -1, rules: l.exempt(nil)}
+		closed := chain{name: l.lock(i, "closed"), hook: -1, rules: l.exempt(expr.MetaKeyIIFNAME, nil)}
 		source.rules = append(source.rules, l.lockRules(i)...)
 		for _, six := range []bool{false, true} {
 			closed.rules = append(closed.rules,
@@ -490,6 +510,34 @@ func (l *layout) chains() []chain {
 		out = append(out, closed)
 	}
 	return append(out, source)
+}
+
+// resumed stops what would resume a connection to a banned address. Who is not to
+// be stopped is asked first, unlike in "banned": so a packet that passes keeps its
+// mark, which is the only place where nft lets a map be asked. Few packets come
+// here.
+func (l *layout) resumed() []chain {
+	look := chain{name: l.name("resumed"), hook: -1, rules: l.exempt(expr.MetaKeyOIFNAME, nil)}
+	for _, six := range []bool{false, true} {
+		for _, set := range []string{allowOf(six), waiveBans + familyOf(six)} {
+			look.rules = append(look.rules, rule(
+				isFamily(six), address(six, false), exprs{&expr.Lookup{SourceRegister: 1, SetName: l.name(set)}}, accept))
+		}
+	}
+	for _, m := range banMaps {
+		look.rules = append(look.rules, l.classOf(m.base, m.six, false, "resumed-banned"))
+	}
+	stop := chain{name: l.name("resumed-banned"), hook: -1, rules: l.count(Resumed, "")}
+	stop.rules = append(stop.rules, rule(exprs{&expr.Verdict{Kind: expr.VerdictDrop}}))
+	return []chain{stop, look}
+}
+
+// classOf marks a packet whose address is in a map of bans with its class, and
+// sends it on.
+func (l *layout) classOf(base string, six, source bool, to string) exprs {
+	return rule(isFamily(six), address(six, source),
+		exprs{&expr.Lookup{SourceRegister: 1, DestRegister: 1, IsDestRegSet: true, SetName: l.name(base)}},
+		setMark, jump(to, l))
 }
 
 // banMaps are the maps of bans, those that most packets ask first.
@@ -567,14 +615,14 @@ func (l *layout) classChainName(mark uint32) string {
 	return l.name("class" + strconv.FormatUint(uint64(mark), 10))
 }
 
-// exempt lets packets of exempt interfaces pass, after what is to be done to them
-// first.
-func (l *layout) exempt(first exprs) []exprs {
+// exempt lets packets pass that came in or go out (which is what key says) by an
+// exempt interface, after what is to be done to them first.
+func (l *layout) exempt(key expr.MetaKey, first exprs) []exprs {
 	if len(l.config.Exempt) == 0 {
 		return nil
 	}
 	return []exprs{rule(exprs{
-		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Meta{Key: key, Register: 1},
 		&expr.Lookup{SourceRegister: 1, SetName: l.name("exempt")},
 	}, first, accept)}
 }
@@ -586,6 +634,8 @@ func (l *layout) count(k Kind, name string) []exprs {
 	}
 }
 
+// logging writes what before each line: only the colon of "lists:" and the space
+// of "lock " stay as they are of what nft may not read.
 func (l *layout) logging(what string) []exprs {
 	if l.config.Log == nil {
 		return nil
@@ -597,11 +647,8 @@ func (l *layout) logging(what string) []exprs {
 	case l.config.Action == Reject:
 		did = "reject"
 	}
-	prefix := "edgeward " + did + " " + strings.ToValidUTF8(what, "?")
-	if len(prefix) > maxPrefix-2 {
-		prefix = strings.ToValidUTF8(prefix[:maxPrefix-2], "")
-	}
-	prefix += ": "
+	prefix := "edgeward " + did + " " + strings.NewReplacer(".3a", ":", ".20", " ").Replace(word(what))
+	prefix = prefix[:min(len(prefix), maxPrefix-2)] + ": "
 	log := &expr.Log{Key: 1 << unix.NFTA_LOG_PREFIX, Data: []byte(prefix)}
 	if g := l.config.Log.Group; g != 0 {
 		log.Key |= 1 << unix.NFTA_LOG_GROUP
@@ -642,17 +689,33 @@ func rule(parts ...exprs) exprs { return slices.Concat(parts...) }
 
 var accept = exprs{&expr.Verdict{Kind: expr.VerdictAccept}}
 
-// isSYN is a segment that opens a connection: SYN without ACK.
-var isSYN = append(isProtocol(unix.IPPROTO_TCP),
-	&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
-	&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x12}, Xor: []byte{0}},
-	&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0x02}},
+// isSYN is a segment that opens a connection: SYN without ACK. notSYN is another.
+var (
+	isSYN  = segment(expr.CmpOpEq)
+	notSYN = segment(expr.CmpOpNeq)
 )
 
+func segment(op expr.CmpOp) exprs {
+	return append(isProtocol(unix.IPPROTO_TCP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x12}, Xor: []byte{0}},
+		&expr.Cmp{Op: op, Register: 1, Data: []byte{0x02}},
+	)
+}
+
+// isNew is the first packet of a connection, as far as connection tracking knows.
+var isNew = exprs{
+	&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+	&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, expr.CtStateBitNEW), Xor: make([]byte, 4)},
+	&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+}
+
 // isNeighbour is IPv6 neighbour discovery, without which nobody on the link
-// finds us, the protected neither. It does not come from further away. IPv4 has
-// ARP for that, which does not pass here.
+// finds us, the protected neither. It does not come from further away: a router
+// would have lowered its hop limit. IPv4 has ARP for that, which does not pass here.
 var isNeighbour = append(append(isFamily(true), isProtocol(unix.IPPROTO_ICMPV6)...),
+	&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 7, Len: 1},
+	&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{255}},
 	&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
 	&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: []byte{133}}, // router solicitation
 	&expr.Cmp{Op: expr.CmpOpLte, Register: 1, Data: []byte{136}}, // neighbour advertisement

@@ -219,6 +219,7 @@ func FuzzAnswers(f *testing.F) {
 		parseCounterObject(data)
 		parseLink(data)
 		parseFilter(data)
+		parseDefault(data)
 		s := &state{generations: map[uint32]*generation{}}
 		for _, lists := range [][3][][]byte{{{data}, nil, nil}, {nil, {data}, nil}, {nil, nil, {data}}} {
 			if err := s.take(lists[0], lists[1], lists[2]); err != nil {

@@ -22,6 +22,10 @@
 // all of a verdict map at every commit. In observe mode the class is compared
 // and not written, so that the mark of a packet that passes stays what it was.
 //
+// Where replies pass, one more chain stands on the way out: a banned peer that
+// resets its connection makes connection tracking forget it, and would be taken
+// for who answers as soon as we send a segment again.
+//
 // # Generations
 //
 // Every set and chain carries the number of its generation in its name. Install
@@ -264,6 +268,9 @@ const (
 	Unclassified
 	// Waived packets a ban or a lock would have stopped, but for a waiver.
 	Waived
+	// Resumed packets are TCP segments of ours to banned addresses, stopped in the
+	// middle of a connection that connection tracking does not know.
+	Resumed
 )
 
 // Counter is a number of packets since the table was created: Install leaves
