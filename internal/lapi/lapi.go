@@ -86,6 +86,8 @@ type Stream struct {
 	// Full, if not nil, is asked before each pull whether it has to be a full
 	// one.
 	Full func() bool
+	// Ended, if not nil, is told how each pull ended.
+	Ended func(err error)
 	// Log returns the log, which is told once when LAPI goes away and once
 	// when it is back.
 	Log func() *slog.Logger
@@ -140,6 +142,9 @@ func (s *Stream) Run(ctx context.Context) {
 		count, doubt, err := s.pull(ctx, full)
 		if ctx.Err() != nil {
 			return
+		}
+		if s.Ended != nil {
+			s.Ended(err)
 		}
 		wait := s.Interval - time.Duration(rand.Float64()*float64(s.Interval)/10)
 		if err != nil {

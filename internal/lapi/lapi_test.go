@@ -195,6 +195,15 @@ func TestRun(t *testing.T) {
 	s := stream(srv.URL, rec)
 	logger := slog.New(slog.NewTextHandler(log, nil))
 	s.Log = func() *slog.Logger { return logger }
+	var failures []string
+	pulls := 0
+	s.Ended = func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if pulls++; err != nil {
+			failures = append(failures, err.Error())
+		}
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	stopped := make(chan struct{})
 	go func() {
@@ -240,6 +249,9 @@ func TestRun(t *testing.T) {
 	defer mu.Unlock()
 	if asked[0] != "dedup=false&scopes=ip,range&startup=true" || asked[1] != "dedup=false&scopes=ip,range&startup=false" {
 		t.Errorf("asked %q", asked[:2])
+	}
+	if len(failures) != 1 || !strings.Contains(failures[0], "LAPI answers 500") || pulls < 3 {
+		t.Errorf("of %d pulls these are said to have failed: %q", pulls, failures)
 	}
 }
 
