@@ -79,12 +79,11 @@ func run(ctx context.Context, path string, format tunnel.LogFormat) error {
 	status := func() any { return standing(gate, connectors, records, watcher) }
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(gate.Collector(connectors.links, records.calls), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	server, err := daemon.Listen(c.Listen, daemon.Endpoints{
+	// Visitors matter more than questions: an address that another program has is
+	// waited for.
+	server := daemon.Listen(c.Listen, daemon.Endpoints{
 		Metrics: metrics, Ready: func() error { return tunnel.Ready(connectors.links()) }, Status: status, Log: log,
 	})
-	if err != nil {
-		return err
-	}
 	tasks = append(tasks, server)
 	if c.Socket != "" {
 		// Visitors matter more than questions about them.

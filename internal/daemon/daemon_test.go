@@ -286,9 +286,12 @@ func TestVersion(t *testing.T) {
 		info   *debug.BuildInfo
 		want   string
 	}{
-		{"nothing known", "", nil, "v0.0.0"},
-		{"a work tree", "", &debug.BuildInfo{Main: debug.Module{Version: "(devel)"}}, "v0.0.0"},
-		{"a work tree with changes", "", &debug.BuildInfo{Settings: settings("vcs.revision", "0123456789abcdef", "vcs.modified", "true")}, "v0.0.0 (0123456789ab+)"},
+		{"nothing known", "", nil, coming},
+		{"a work tree", "", &debug.BuildInfo{Main: debug.Module{Version: "(devel)"}}, coming},
+		{"a commit", "", &debug.BuildInfo{Main: debug.Module{Version: "v0.0.0-20261121134237-0123456789ab+dirty"}}, coming},
+		{"a commit after a release", "", &debug.BuildInfo{Main: debug.Module{Version: "v1.2.4-0.20261121134237-0123456789ab"}}, coming},
+		{"a changed release", "", &debug.BuildInfo{Main: debug.Module{Version: "v1.2.3+dirty"}}, "v1.2.3"},
+		{"a work tree with changes", "", &debug.BuildInfo{Settings: settings("vcs.revision", "0123456789abcdef", "vcs.modified", "true")}, coming + " (0123456789ab+)"},
 		{"installed by the go command", "", &debug.BuildInfo{Main: debug.Module{Version: "v1.2.3"}}, "v1.2.3"},
 		{"a release", "v1.3.0", &debug.BuildInfo{Main: debug.Module{Version: "(devel)"}, Settings: settings("vcs.revision", "0123456", "vcs.modified", "false")}, "v1.3.0 (0123456)"},
 	} {

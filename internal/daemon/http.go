@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -30,11 +32,17 @@ type Endpoints struct {
 	Log    *slog.Logger
 }
 
-// Server serves Endpoints. Make it with Listen; it is a Task.
+// Server answers at an address. Make it with Listen or ListenFor; it is a Task.
 type Server struct {
-	name     string
-	listener net.Listener
-	server   *http.Server
+	name   string
+	addr   netip.AddrPort
+	log    *slog.Logger
+	server *http.Server
+	door   door
+
+	mu       sync.Mutex
+	listener net.Listener // nil until the address is taken
+	missing  error        // why it is not
 }
 
 // How long clients may take. What a scrape, a probe or the command line asks
@@ -49,32 +57,35 @@ const (
 	handedOn = 128 << 10
 	// lastAnswers is how long answers may take once the process is to end.
 	lastAnswers = 3 * time.Second
+	// mostOpen is how many connections may be open from this machine, and how
+	// many from all others: each may hold as much as its headers.
+	mostOpen = 512
+	// bindRetry is the time between tries to take an address, fullQuiet that
+	// between two words about too many connections.
+	bindRetry = 2 * time.Second
+	fullQuiet = 10 * time.Minute
 )
 
-// Listen takes the address, so that an address that is taken is an error
-// before anything has begun; Run serves.
-func Listen(addr netip.AddrPort, endpoints Endpoints) (*Server, error) {
-	listener, err := net.Listen("tcp", addr.String())
-	if err != nil {
-		return nil, fmt.Errorf("serve metrics and health: %w", err)
-	}
-	return serverOf("http", listener, endpoints.handler(), writeTimeout, headerLimit, endpoints.Log), nil
+// Listen takes the address; Run serves. Where it cannot, because another program
+// has it or no interface has it yet, it says so and Run goes on trying: what the
+// process does matters more than questions about it.
+func Listen(addr netip.AddrPort, endpoints Endpoints) *Server {
+	return serverOf("http", addr, endpoints.handler(), writeTimeout, headerLimit, nil, endpoints.Log)
 }
 
 // ListenFor is Listen for one handler that proxies ask about their clients'
-// requests, in answers that are small and quick. name is the task's.
-func ListenFor(addr netip.AddrPort, name string, handler http.Handler, log *slog.Logger) (*Server, error) {
-	listener, err := net.Listen("tcp", addr.String())
-	if err != nil {
-		return nil, fmt.Errorf("serve %s: %w", name, err)
-	}
-	return serverOf(name, listener, contain(handler, log), readTimeout, handedOn, log), nil
+// requests, in answers that are small and quick. name is the task's. admit says
+// which peers may ask: the others' connections are closed before anything is read
+// of them. It is called by one goroutine.
+func ListenFor(addr netip.AddrPort, name string, handler http.Handler, admit func(netip.Addr) bool, log *slog.Logger) *Server {
+	return serverOf(name, addr, contain(handler, log), readTimeout, handedOn, admit, log)
 }
 
-func serverOf(name string, listener net.Listener, handler http.Handler, write time.Duration, headers int, log *slog.Logger) *Server {
-	return &Server{
-		name:     name,
-		listener: listener,
+func serverOf(name string, addr netip.AddrPort, handler http.Handler, write time.Duration, headers int, admit func(netip.Addr) bool, log *slog.Logger) *Server {
+	s := &Server{
+		name: name,
+		addr: addr,
+		log:  log.With("component", name),
 		server: &http.Server{
 			Handler:           handler,
 			ReadHeaderTimeout: readTimeout,
@@ -85,10 +96,43 @@ func serverOf(name string, listener net.Listener, handler http.Handler, write ti
 			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		},
 	}
+	s.door = door{admit: admit, log: s.log}
+	s.server.ConnState = s.door.state
+	if _, err := s.take(); err != nil {
+		s.log.Warn("cannot take the address, trying until it is free", "listen", addr, "err", err)
+	}
+	return s
+}
+
+// take takes the address, unless it is taken.
+func (s *Server) take() (net.Listener, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.listener == nil {
+		listener, err := net.Listen("tcp", s.addr.String())
+		if s.missing = err; err != nil {
+			return nil, err
+		}
+		s.listener = listener
+	}
+	return s.listener, nil
+}
+
+// Missing returns nil while the address is this server's, otherwise why it is
+// not.
+func (s *Server) Missing() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.missing
 }
 
 // Addr is the address that is served, with the port that was found for port 0.
 func (s *Server) Addr() netip.AddrPort {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.listener == nil {
+		return s.addr
+	}
 	return s.listener.Addr().(*net.TCPAddr).AddrPort()
 }
 
@@ -97,8 +141,21 @@ func (s *Server) String() string { return s.name }
 
 // Run serves until ctx ends, then lets answers under way come to their end.
 func (s *Server) Run(ctx context.Context) error {
+	late := s.Missing() != nil
+	listener, err := s.take()
+	for ; err != nil; listener, err = s.take() {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(bindRetry):
+		}
+	}
+	if late {
+		s.log.Info("the address is free, serving", "listen", s.addr)
+	}
 	stopped := make(chan error, 1)
-	go func() { stopped <- s.server.Serve(s.listener) }()
+	s.door.Listener = listener
+	go func() { stopped <- s.server.Serve(&s.door) }()
 	select {
 	case err := <-stopped:
 		return fmt.Errorf("serve %s: %w", s.Addr(), err)
@@ -106,12 +163,72 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastAnswers)
 	defer cancel()
-	err := s.server.Shutdown(last)
+	err = s.server.Shutdown(last)
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = s.server.Close()
 	}
 	<-stopped
 	return err
+}
+
+// door lets connections in: from those that may ask, and no more of them than
+// memory has room for. This machine has room of its own, so that strangers who
+// hold every connection keep no probe out.
+type door struct {
+	net.Listener
+	admit func(netip.Addr) bool // nil for everybody
+	log   *slog.Logger
+	open  [2]atomic.Int64 // from others and from this machine
+	said  time.Time       // of the one goroutine that accepts
+}
+
+// Accept returns the next connection that may stay.
+func (d *door) Accept() (net.Conn, error) {
+	for {
+		conn, err := d.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		peer := peerOf(conn)
+		if d.admit != nil && !d.admit(peer) {
+			_ = conn.Close()
+			continue
+		}
+		if d.count(conn).Load() < mostOpen {
+			return conn, nil
+		}
+		_ = conn.Close()
+		if now := time.Now(); now.Sub(d.said) >= fullQuiet {
+			d.said = now
+			d.log.Warn("too many connections are open, closing new ones", "peer", peer, "open", mostOpen)
+		}
+	}
+}
+
+// state counts connections, as http.Server tells of them: a new one before the
+// next is accepted.
+func (d *door) state(conn net.Conn, state http.ConnState) {
+	switch state {
+	case http.StateNew:
+		d.count(conn).Add(1)
+	case http.StateClosed, http.StateHijacked:
+		d.count(conn).Add(-1)
+	}
+}
+
+func (d *door) count(conn net.Conn) *atomic.Int64 {
+	if peerOf(conn).IsLoopback() {
+		return &d.open[1]
+	}
+	return &d.open[0]
+}
+
+// peerOf is the zero Addr for what is not TCP.
+func peerOf(conn net.Conn) netip.Addr {
+	if a, ok := conn.RemoteAddr().(*net.TCPAddr); ok {
+		return a.AddrPort().Addr().Unmap().WithZone("")
+	}
+	return netip.Addr{}
 }
 
 func (e *Endpoints) handler() http.Handler {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -37,10 +38,7 @@ func endpoints(log *slog.Logger) Endpoints {
 // serve runs a server on loopback for the length of the test.
 func serve(t *testing.T, e Endpoints) (base string, stop func() error) {
 	t.Helper()
-	s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), e)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := Listen(netip.MustParseAddrPort("127.0.0.1:0"), e)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
@@ -136,19 +134,121 @@ func (brokenCollector) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.NewInvalidMetric(brokenDesc, errors.New("the kernel does not answer"))
 }
 
+// TestTakenAddress: an address that another program has is waited for, and that
+// ends nothing.
 func TestTakenAddress(t *testing.T) {
-	s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.DiscardHandler)))
+	other, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.listener.Close()
-	_, err = Listen(s.Addr(), endpoints(slog.New(slog.DiscardHandler)))
-	if err == nil || !strings.HasPrefix(err.Error(), "serve metrics and health: ") || !strings.Contains(err.Error(), "in use") {
-		t.Errorf("%v", err)
+	var logged bytes.Buffer
+	e := endpoints(slog.New(slog.NewTextHandler(&logged, nil)))
+	s := Listen(other.Addr().(*net.TCPAddr).AddrPort(), e)
+	if err := s.Missing(); err == nil || !strings.Contains(err.Error(), "in use") || s.Addr().String() != other.Addr().String() {
+		t.Errorf("while it is taken: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	time.Sleep(50 * time.Millisecond)
+	_ = other.Close()
+	for begin := time.Now(); s.Missing() != nil; time.Sleep(20 * time.Millisecond) {
+		if time.Since(begin) > 5*bindRetry {
+			t.Fatal(s.Missing())
+		}
+	}
+	if status, _, _ := get(t, "GET", "http://"+s.Addr().String()+"/healthz"); status != 200 {
+		t.Errorf("once it is free: %d", status)
+	}
+	cancel()
+	if err := <-ended; err != nil || strings.Count(logged.String(), "level=WARN") != 1 {
+		t.Errorf("%v\n%s", err, logged.String())
+	}
+
+	ctx, cancel = context.WithCancel(t.Context())
+	cancel()
+	if other, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := Listen(other.Addr().(*net.TCPAddr).AddrPort(), e).Run(ctx); err != nil {
+		t.Errorf("ended while it waits: %v", err)
 	}
 }
 
-// TestLostListener: a server that can no longer serve must end the process.
+// TestStrangersAreTurnedAway: nothing is read of those who may not ask.
+func TestStrangersAreTurnedAway(t *testing.T) {
+	asked := make(chan struct{}, 1)
+	handler := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked <- struct{}{} })
+	admit := func(peer netip.Addr) bool { return peer != netip.MustParseAddr("127.0.0.1") }
+	s := ListenFor(netip.MustParseAddrPort("127.0.0.1:0"), "auth", handler, admit, slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	for from, want := range map[string]bool{"127.0.0.1": false, "127.0.0.2": true} {
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+		conn, err := dialer.Dial("tcp", s.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetDeadline(time.Now().Add(time.Second))
+		if want {
+			_, _ = io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n")
+		}
+		text, err := io.ReadAll(conn) // who is turned away need not ask for that
+		if got := strings.HasPrefix(string(text), "HTTP/1.0 200"); got != want || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: %q, %v", from, text, err)
+		}
+		_ = conn.Close()
+	}
+	cancel()
+	if err := <-ended; err != nil || len(asked) != 1 {
+		t.Errorf("%v, asked %d times", err, len(asked))
+	}
+}
+
+// TestMostOpen: connections that are held open take no more memory than so many
+// can, and there is room again once they end.
+func TestMostOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var logged bytes.Buffer
+		listener := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
+		s := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.NewTextHandler(&logged, nil))))
+		_ = s.listener.Close()
+		s.listener = listener
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- s.Run(ctx) }()
+		asks := func(conn net.Conn) bool {
+			go func() { _, _ = io.WriteString(conn, "GET /healthz HTTP/1.0\r\n\r\n") }()
+			text, _ := io.ReadAll(conn)
+			return strings.HasPrefix(string(text), "HTTP/1.0 200")
+		}
+		var held []net.Conn
+		for range mostOpen {
+			held = append(held, listener.dial())
+			synctest.Wait()
+		}
+		for range 3 {
+			if asks(listener.dial()) {
+				t.Errorf("one more than %d is answered", mostOpen)
+			}
+		}
+		_ = held[0].Close()
+		synctest.Wait()
+		if !asks(listener.dial()) || strings.Count(logged.String(), "too many connections") != 1 {
+			t.Errorf("no answer where there is room again, or not said once: %s", logged.String())
+		}
+		for _, conn := range held {
+			_ = conn.Close()
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // TestListenForProxies: one handler, alone, for requests that carry what a
 // browser sent, within bounds.
 func TestListenForProxies(t *testing.T) {
@@ -158,13 +258,8 @@ func TestListenForProxies(t *testing.T) {
 			panic("oh")
 		}
 	})
-	s, err := ListenFor(netip.MustParseAddrPort("127.0.0.1:0"), "auth", handler, slog.New(slog.NewTextHandler(&logged, nil)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := ListenFor(s.Addr(), "auth", handler, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "serve auth: ") {
-		t.Errorf("an address that is taken: %v", err)
-	}
+	everybody := func(netip.Addr) bool { return true }
+	s := ListenFor(netip.MustParseAddrPort("127.0.0.1:0"), "auth", handler, everybody, slog.New(slog.NewTextHandler(&logged, nil)))
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
@@ -194,11 +289,9 @@ func TestListenForProxies(t *testing.T) {
 	}
 }
 
+// TestLostListener: a server that can no longer serve must end the process.
 func TestLostListener(t *testing.T) {
-	s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.DiscardHandler)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.DiscardHandler)))
 	_ = s.listener.Close()
 	if err := s.Run(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "serve 127.0.0.1:") {
 		t.Errorf("%v", err)
@@ -242,10 +335,7 @@ func TestSlowClients(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				listener := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
-				s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.DiscardHandler)))
-				if err != nil {
-					t.Fatal(err)
-				}
+				s := Listen(netip.MustParseAddrPort("127.0.0.1:0"), endpoints(slog.New(slog.DiscardHandler)))
 				_ = s.listener.Close()
 				s.listener = listener
 				ctx, cancel := context.WithCancel(t.Context())
@@ -284,10 +374,7 @@ func TestAnswersUnderWayComeToTheirEnd(t *testing.T) {
 				e := endpoints(slog.New(slog.DiscardHandler))
 				asked := make(chan struct{})
 				e.Status = func() any { close(asked); time.Sleep(c.needs); return "done" }
-				s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"), e)
-				if err != nil {
-					t.Fatal(err)
-				}
+				s := Listen(netip.MustParseAddrPort("127.0.0.1:0"), e)
 				_ = s.listener.Close()
 				s.listener = listener
 				ctx, cancel := context.WithCancel(t.Context())

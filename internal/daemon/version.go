@@ -2,8 +2,10 @@ package daemon
 
 import (
 	"fmt"
+	"regexp"
 	"runtime"
 	"runtime/debug"
+	"strings"
 )
 
 // linked is the version of a release, set by the linker and by nothing else:
@@ -11,9 +13,15 @@ import (
 //	go build -ldflags "-X github.com/edgeward/edgeward/internal/daemon.linked=v1.2.3"
 var linked string
 
+// coming is the version of what nobody gave one.
+const coming = "v0.1.0"
+
+// pseudo ends the versions that the go command makes up for commits.
+var pseudo = regexp.MustCompile(`[-.]\d{14}-[0-9a-f]{12}(\+.*)?$`)
+
 // Build says what is running.
 type Build struct {
-	// Version is v1.2.3, or v0.0.0 where nobody said.
+	// Version is v1.2.3; where nobody said, that of the release to come.
 	Version string `json:"version"`
 	// Commit is the revision that was built, with + where it had been changed;
 	// empty where it is not known.
@@ -31,8 +39,8 @@ func Version() Build {
 func version(linked string, info *debug.BuildInfo) Build {
 	b := Build{Version: linked, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
 	if info != nil {
-		if b.Version == "" && info.Main.Version != "(devel)" {
-			b.Version = info.Main.Version
+		if main := info.Main.Version; b.Version == "" && main != "(devel)" && !pseudo.MatchString(main) {
+			b.Version, _, _ = strings.Cut(main, "+")
 		}
 		changed := ""
 		for _, s := range info.Settings {
@@ -48,7 +56,7 @@ func version(linked string, info *debug.BuildInfo) Build {
 		}
 	}
 	if b.Version == "" {
-		b.Version = "v0.0.0"
+		b.Version = coming
 	}
 	return b
 }
