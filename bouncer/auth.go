@@ -31,7 +31,8 @@ type AuthConfig struct {
 	// Remediations are those that a request is refused for: no page can be shown
 	// and nothing counted there, so a captcha is a ban or nothing.
 	Remediations []Remediation `yaml:"remediations"`
-	// FailClosed refuses everybody until the first decisions are known.
+	// FailClosed refuses everybody until the first decisions are known, and
+	// whomever a trusted proxy does not name.
 	FailClosed bool `yaml:"failClosed"`
 }
 
@@ -74,7 +75,7 @@ const (
 	toldPass = iota // pass
 	toldRefuse
 	toldObserve
-	toldUnknown // nothing is known yet, and the endpoint fails closed
+	toldUnknown // decisions, or the client, are not known, and the endpoint fails closed
 	tellings
 )
 
@@ -100,14 +101,31 @@ type auth struct {
 
 	told [2][tellings]atomic.Uint64 // by family
 
-	mu       sync.Mutex
-	refused  map[offence]uint64
-	second   int64 // of the lines that follow
-	lines    int
-	untold   int // refusals since the last line
-	timer    *time.Timer
-	strayed  time.Time // when an untrusted proxy was last logged
-	straying int
+	mu      sync.Mutex
+	refused map[offence]uint64
+	second  int64 // of the lines that follow
+	lines   int
+	untold  int // refusals since the last line
+	timer   *time.Timer
+	strays  rarely // of peers that are not trusted
+	unnamed rarely // of trusted ones that name nobody
+}
+
+// rarely is for a warning that comes once in a while, with how often it was meant.
+type rarely struct {
+	last time.Time
+	n    int
+}
+
+// due counts, and returns the count where it is time to say it, else 0.
+func (r *rarely) due(now time.Time) int {
+	r.n++
+	if !r.last.IsZero() && now.Sub(r.last) < listPatience {
+		return 0
+	}
+	n := r.n
+	r.last, r.n = now, 0
+	return n
 }
 
 // offence is what refusals are counted by.
@@ -142,11 +160,11 @@ func (a *auth) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	peer := bare(from.Addr())
-	client := clientOf(a.trusted, a.header, r.Header, peer)
-	if client == peer {
-		a.suspect(r, peer)
+	client, named := clientOf(a.trusted, a.header, r.Header, peer)
+	if !named {
+		a.misses(peer)
 	}
-	v, known := a.judge(client)
+	v, known := a.judge(client, named)
 	family := 0
 	if client.Is6() {
 		family = 1
@@ -167,15 +185,16 @@ func (a *auth) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // judge returns what applies to an address, Allow where it may pass, and whether
-// that is known.
-func (a *auth) judge(client netip.Addr) (decision.Verdict, bool) {
-	known := !a.config.Auth.FailClosed || a.enforcer.known.Load() // asked before the table is taken, which only gets better
+// that is known. Where the client is not named, the address is its proxy's.
+func (a *auth) judge(client netip.Addr, named bool) (decision.Verdict, bool) {
+	closed := a.config.Auth.FailClosed
+	known := !closed || named && a.enforcer.known.Load() // asked before the table is taken, which only gets better
 	r := a.enforcer.reading.Load()
 	covered := covers(r.table, client)
 	if known && !covered {
 		return decision.Verdict{}, true
 	}
-	if r.guarded.holds(single(client)) {
+	if (named || !closed) && r.guarded.holds(single(client)) {
 		return decision.Verdict{}, true
 	}
 	if _, _, waived := a.enforcer.orders.Load().waives(client, a.now()); waived {
@@ -316,24 +335,39 @@ func (a *auth) tell() {
 	}
 }
 
-// suspect says, now and then, that a peer that is not trusted names clients: most
-// often that is our proxy, and nobody was told so, and all are taken for it.
-func (a *auth) suspect(r *http.Request, peer netip.Addr) {
-	if len(r.Header["X-Forwarded-For"]) == 0 || holds(a.trusted, peer) {
+// Admits reports whether a peer may ask the auth endpoint. It says, now and then,
+// who may not: most often that is our proxy, and nobody was told so.
+func (b *Bouncer) Admits(peer netip.Addr) bool {
+	a := b.auth
+	if holds(a.trusted, peer) {
+		return true
+	}
+	a.mu.Lock()
+	n := a.strays.due(a.now())
+	a.mu.Unlock()
+	if n > 0 {
+		a.log.Warn("a peer that is not in auth.trustedProxies is turned away", "peer", peer, "connections", n)
+	}
+	return false
+}
+
+// misses says, now and then, that a trusted proxy does not name its client.
+func (a *auth) misses(peer netip.Addr) {
+	a.mu.Lock()
+	n := a.unnamed.due(a.now())
+	a.mu.Unlock()
+	if n == 0 {
 		return
 	}
-	now := a.now()
-	a.mu.Lock()
-	a.straying++
-	quiet := !a.strayed.IsZero() && now.Sub(a.strayed) < listPatience
-	n := a.straying
-	if !quiet {
-		a.strayed, a.straying = now, 0
+	means := "its clients pass unless it is refused itself"
+	if a.config.Auth.FailClosed {
+		means = "its clients are refused"
 	}
-	a.mu.Unlock()
-	if !quiet {
-		a.log.Warn("a peer that is not in auth.trustedProxies names clients, and is not believed", "peer", peer, "requests", n)
+	header := a.header
+	if header == "" {
+		header = "X-Forwarded-For"
 	}
+	a.log.Warn("a trusted proxy names no client that can be read", "proxy", peer, "header", header, "requests", n, "means", means)
 }
 
 func shortened(text string) string {

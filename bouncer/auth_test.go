@@ -3,6 +3,7 @@ package bouncer
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -192,6 +194,47 @@ func TestAuthBeforeAnythingIsKnown(t *testing.T) {
 	}
 }
 
+// TestAuthWithoutAClient: where all must be known, a proxy's word is needed, and
+// its own address, which is protected with the cluster's, does not stand for it.
+func TestAuthWithoutAClient(t *testing.T) {
+	for _, closed := range []bool{false, true} {
+		g := newGate(t, func(c *Config) { c.Auth.FailClosed = closed })
+		g.answer(true, picture...)
+		for client, want := range map[string]string{"": "unknown", "unknown": "unknown", "203.0.113.200, x, 10.42.0.6": "unknown",
+			"10.42.0.9": "pass", "10.42.0.5": "pass", "203.0.113.200": "pass"} {
+			if !closed {
+				want = "pass"
+			}
+			if got := g.ask("10.42.0.5", client).Header().Get("X-Edgeward-Verdict"); got != want {
+				t.Errorf("closed %v, %q: %s, want %s", closed, client, got, want)
+			}
+		}
+	}
+}
+
+// TestAuthOrdersBeforeAnythingIsKnown: what the operator lets pass does, also
+// where nobody else may yet.
+func TestAuthOrdersBeforeAnythingIsKnown(t *testing.T) {
+	g := newGate(t, func(c *Config) { c.Auth.FailClosed = true })
+	passes := func(client string, want int) {
+		t.Helper()
+		if w := g.ask("10.42.0.5", client); w.Code != want {
+			t.Errorf("%s: %d %s, want %d", client, w.Code, w.Header().Get("X-Edgeward-Verdict"), want)
+		}
+	}
+	if _, _, err := g.enforcer.allow(netip.MustParsePrefix("203.0.113.200/32"), time.Hour, "", "me"); err != nil {
+		t.Fatal(err)
+	}
+	passes("203.0.113.200", 200)
+	passes("203.0.113.201", 403)
+	if _, _, err := g.enforcer.pause(10*time.Minute, "", "me"); err != nil {
+		t.Fatal(err)
+	}
+	passes("203.0.113.201", 200)
+	g.at = g.at.Add(11 * time.Minute)
+	passes("203.0.113.201", 403)
+}
+
 func TestAuthTellsTheClientInItsOwnForm(t *testing.T) {
 	g := newGate(t, nil)
 	g.answer(true, picture...)
@@ -216,7 +259,7 @@ func TestAuthTellsTheClientInItsOwnForm(t *testing.T) {
 }
 
 // TestAuthLogsRefusals: one line each, for a while; and a proxy that nobody
-// trusts is pointed out.
+// trusts, or that names nobody, is pointed out.
 func TestAuthLogsRefusals(t *testing.T) {
 	g := newGate(t, nil)
 	g.answer(true, picture...)
@@ -247,10 +290,25 @@ func TestAuthLogsRefusals(t *testing.T) {
 	}
 	g.log.Reset()
 	for range 3 {
-		g.ask("10.99.0.5", "203.0.113.66")
+		if g.Admits(netip.MustParseAddr("10.99.0.5")) || !g.Admits(netip.MustParseAddr("10.42.0.5")) {
+			t.Error("not the trusted proxies alone are admitted")
+		}
+		g.ask("10.42.0.5", "unknown")
 	}
-	if n := strings.Count(g.log.String(), "is not in auth.trustedProxies"); n != 1 || !strings.Contains(g.log.String(), "10.99.0.5") {
-		t.Errorf("said %d times: %s", n, g.log.String())
+	for text, peer := range map[string]string{"is not in auth.trustedProxies": "10.99.0.5", "names no client": "10.42.0.5"} {
+		if n := strings.Count(g.log.String(), text); n != 1 || !strings.Contains(g.log.String(), peer) {
+			t.Errorf("%s: said %d times: %s", text, n, g.log.String())
+		}
+	}
+}
+
+// TestStatusSaysWhatIsNotServed: an address that another program has.
+func TestStatusSaysWhatIsNotServed(t *testing.T) {
+	g := newGate(t, nil)
+	g.Serves(func() error { return errors.New("listen tcp 127.0.0.1:9478: address already in use") })
+	g.Serves(func() error { return nil })
+	if s := g.Status(); len(s.Unserved) != 1 || !strings.Contains(s.Unserved[0], ":9478: address already") {
+		t.Errorf("%q", s.Unserved)
 	}
 }
 

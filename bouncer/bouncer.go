@@ -30,5 +30,7 @@
 // cmd/edgeward-bouncer calls it.
 package bouncer
 
+import "github.com/edgeward/edgeward/internal/daemon"
+
 // Version is the bouncer's release, as LAPI is told it.
-const Version = "v0.1.0"
+var Version = daemon.Version().Version

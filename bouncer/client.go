@@ -17,33 +17,34 @@ const maxHops = 64
 // is the client, whatever it says; in X-Forwarded-For the walk from the right
 // ends at the first address that is not a trusted proxy, and an entry that cannot
 // be read ends it at the proxy that wrote it; any other header must hold one
-// single address.
+// single address. named is false where a trusted proxy names nobody that can be
+// read, so that the proxy stands for all its clients.
 //
 // The plugin has the same rules in code of its own: it may import nothing but the
 // engine, which knows no HTTP, and is written for an interpreter. The two share
 // their table of cases.
-func clientOf(trusted *decision.Ranges, header string, h http.Header, peer netip.Addr) netip.Addr {
+func clientOf(trusted *decision.Ranges, header string, h http.Header, peer netip.Addr) (client netip.Addr, named bool) {
 	if !holds(trusted, peer) {
-		return peer
+		return peer, true
 	}
 	if header != "" {
 		values := h[header]
 		if len(values) != 1 {
-			return peer
+			return peer, false
 		}
 		if client := hop(values[0]); client.IsValid() {
-			return client
+			return client, true
 		}
-		return peer
+		return peer, false
 	}
-	client := peer
+	client = peer
 	hops := 0
 	values := h["X-Forwarded-For"]
 	for i := len(values) - 1; i >= 0; i-- {
 		rest, more := values[i], true
 		for more {
 			if !holds(trusted, client) {
-				return client
+				return client, true
 			}
 			entry := rest
 			comma := strings.LastIndexByte(rest, ',')
@@ -53,12 +54,12 @@ func clientOf(trusted *decision.Ranges, header string, h http.Header, peer netip
 			next := hop(entry)
 			hops++
 			if !next.IsValid() || hops > maxHops {
-				return client
+				return client, false
 			}
 			client = next
 		}
 	}
-	return client
+	return client, hops > 0
 }
 
 // hop reads one entry of a forwarding header: an address, perhaps with a port.

@@ -293,6 +293,19 @@ func (c *Config) nft() nft.Config {
 	return out
 }
 
+// ModeOf returns the mode that makes c the ruleset of a layout that the kernel
+// has, or nothing where neither does.
+func (c *Config) ModeOf(layout string) Mode {
+	for _, mode := range []Mode{Enforce, Observe} {
+		is := *c
+		is.Mode = mode
+		if is.nft().Layout() == layout {
+			return mode
+		}
+	}
+	return ""
+}
+
 // enforced reports whether decisions of a class are for the kernel, and if not,
 // why.
 func (c *Config) enforced(class decision.Class) (bool, string) {

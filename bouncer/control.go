@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -175,7 +176,7 @@ func duration(r *http.Request) (time.Duration, error) {
 // told logs an order, and who gave it.
 func (b *Bouncer) told(r *http.Request, by, order, value string, until time.Time) {
 	attrs := []any{"order", order, "value", value, "by", by}
-	if !until.IsZero() {
+	if !until.IsZero() && until.Before(decision.Forever) {
 		attrs = append(attrs, "until", until.Format(time.RFC3339))
 	}
 	if because := r.FormValue("because"); because != "" {
@@ -185,7 +186,7 @@ func (b *Bouncer) told(r *http.Request, by, order, value string, until time.Time
 }
 
 // moment writes a time for people.
-func moment(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05 MST") }
+func moment(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 MST") }
 
 func (b *Bouncer) allow(r *http.Request, by string) (Answer, error) {
 	p, err := decision.ParsePrefix(r.FormValue("address"))
@@ -234,22 +235,40 @@ func (b *Bouncer) unban(r *http.Request, by string) (Answer, error) {
 		what = fmt.Sprintf("%d decisions count", n)
 	}
 	return Answer{
-		fmt.Sprintf("%s no more for %v on this node alone, until %s; one that is made later counts again; to lift it everywhere: %s",
-			what, addr, moment(u.Until), everywhere(b.enforcer, addr)), note,
+		fmt.Sprintf("%s no more for %v on this node alone, %s; one that is made later counts again%s",
+			what, addr, u.Lasts(), forGood(b.enforcer, addr)), note,
 	}, nil
 }
 
-// everywhere is how to lift what holds addr on all nodes.
-func everywhere(e *enforcer, addr netip.Addr) string {
-	commands := []string{"cscli decisions delete --ip " + addr.String()}
-	for _, v := range e.holders(e.reading.Load(), addr, e.now()) {
-		command := "cscli decisions delete --range " + v.Prefix.String()
-		if v.Prefix.IsSingleIP() || len(commands) > 3 {
-			continue
+// forGood is how to lift what holds addr, on all nodes and for good.
+func forGood(e *enforcer, addr netip.Addr) string {
+	var commands, lines []string
+	add := func(to *[]string, text string) {
+		if len(*to) < 4 && !slices.Contains(*to, text) {
+			*to = append(*to, text)
 		}
-		commands = append(commands, command)
 	}
-	return strings.Join(commands, " and ")
+	for _, v := range e.holders(e.reading.Load(), addr, e.now()) {
+		i := slices.IndexFunc(e.config.Lists, func(l ListConfig) bool { return l.Name == v.Scenario })
+		switch {
+		case v.ID >= decision.FirstLocal && i >= 0:
+			add(&lines, fmt.Sprintf("take %v out of %s", valueOf(v.Prefix), e.config.Lists[i].Path))
+		case v.ID >= decision.FirstLocal:
+		case v.Prefix.IsSingleIP():
+			add(&commands, "cscli decisions delete --ip "+addr.String())
+		default:
+			add(&commands, "cscli decisions delete --range "+v.Prefix.String())
+		}
+	}
+	slices.Sort(commands) // addresses before ranges
+	says := ""
+	if len(commands) > 0 {
+		says = "; to lift it everywhere: " + strings.Join(commands, " and ")
+	}
+	if len(lines) > 0 {
+		says += "; to lift it for good " + strings.Join(lines, " and ")
+	}
+	return says
 }
 
 func (b *Bouncer) pause(r *http.Request, by string) (Answer, error) {

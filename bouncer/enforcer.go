@@ -961,6 +961,11 @@ func (e *enforcer) tellCovering(r *reading, now time.Time) {
 		list = append(list, c)
 		if !known[p] && logged < 10 {
 			logged++
+			if originIn(h.Class.Origin, []string{"lists"}) { // whose authors know nothing of this node
+				e.log.Info("a list names protected addresses, which stay reachable",
+					"value", p.String(), "origin", c.Origin, "protects", c.Protects)
+				continue
+			}
 			e.log.Warn("a decision covers a protected address, which stays reachable: is CrowdSec told wrong client addresses?",
 				"value", p.String(), "origin", c.Origin, "scenario", c.Scenario, "protects", c.Protects)
 		}

@@ -2,6 +2,7 @@ package bouncer
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand"
@@ -601,6 +602,7 @@ func TestClassFollowsWhatIsLive(t *testing.T) {
 func TestJumpOfTheClockEndsNothing(t *testing.T) {
 	var m *memory
 	s := newStream(t, 1, func(now func() time.Time) kernel { m = newMemory(now); return m })
+	s.enforcer.config.LAPI.URL = "http://192.0.2.9:8080" // without one, no full pull is waited for
 	s.ban(1, "203.0.113.0/24", "crowdsec", time.Minute)
 	victim := netip.MustParseAddr("203.0.113.5")
 	s.at = s.at.Add(time.Minute + time.Second)
@@ -649,5 +651,77 @@ func BenchmarkRange(b *testing.B) {
 			}
 			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(2*b.N), "µs/change")
 		})
+	}
+}
+
+// TestJumpOfTheClockWithoutLAPI: where no full pull ever comes, a look does it.
+func TestJumpOfTheClockWithoutLAPI(t *testing.T) {
+	n := newNode(t, "", func(c *Config) {
+		c.LAPI.URL = ""
+		c.Lists = []ListConfig{{Name: "a", Path: "/nowhere", Remediation: "ban"}}
+	})
+	n.listsAreFed()
+	n.turn(t.Context())
+	n.enforcer.jumped = true
+	n.at = n.at.Add(10 * time.Minute)
+	if err := n.enforcer.verify(); err != nil || n.enforcer.jumped {
+		t.Errorf("the clock is never looked past again: %v", err)
+	}
+}
+
+// forgetful loses its connection when bans are to be waived, as the kernel's does.
+type forgetful struct{ *memory }
+
+func (f forgetful) Waive(nft.Waivers) error {
+	f.memory.intact = false
+	return errors.New("waive bans: await answer: no answer")
+}
+
+// TestLostOrderIsNobodysDoing: what we lost ourselves is made again, and does not
+// count as another program's.
+func TestLostOrderIsNobodysDoing(t *testing.T) {
+	n := newNode(t, "", nil)
+	n.turn(t.Context())
+	n.answer(true, decided(1, "203.0.113.66", "ban", "crowdsec", "ssh"))
+	n.enforcer.kernel = forgetful{n.memory}
+	if _, _, err := n.enforcer.allow(netip.MustParsePrefix("203.0.113.66/32"), time.Hour, "", "me"); err == nil {
+		t.Fatal("the order was taken: this test shows nothing")
+	}
+	n.enforcer.kernel = n.memory
+	n.turn(t.Context())
+	if r := n.enforcer.stands(); r.Interference != 0 || !r.Installed {
+		t.Errorf("%+v", r)
+	}
+}
+
+// TestManyRangesAtOnce: changes to very many ranges are laid out anew, because each
+// by itself would move all that are behind it.
+func TestManyRangesAtOnce(t *testing.T) {
+	c := Defaults()
+	c.StateDir = ""
+	now := func() time.Time { return epoch }
+	e := newEnforcer(newMemory(now), &c, now, slog.New(slog.DiscardHandler))
+	s := decision.NewStore()
+	d := s.NewDelta(true, epoch)
+	const ranges, gone = 4000, 2000
+	for i := range ranges {
+		d.Add(&decision.Row{ID: i + 1, Scope: "Range", Value: fmt.Sprintf("20.%d.%d.0/24", i/128, i%128*2), Type: "ban", Origin: "crowdsec", Scenario: "s", Duration: "1h"})
+	}
+	s.Apply(d, epoch)
+	if err := e.follow(s.Compile(), nil, true); err != nil {
+		t.Fatal(err)
+	}
+	before := e.stands()
+	d = s.NewDelta(false, epoch)
+	for i := range gone {
+		d.Delete(2*i + 1)
+	}
+	touched := s.Touches(d)
+	s.Apply(d, epoch)
+	if err := e.follow(s.Compile(), touched, false); err != nil {
+		t.Fatal(err)
+	}
+	if r := e.stands(); r.Installs != before.Installs+1 || r.Updates != before.Updates {
+		t.Errorf("%d installs and %d updates, want one more install than %d", r.Installs, r.Updates, before.Installs)
 	}
 }

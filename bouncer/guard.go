@@ -5,9 +5,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -62,15 +62,15 @@ func newGuard(c *Config, getenv func(string) string, log *slog.Logger) *guard {
 	for _, text := range []string{"0.0.0.0/32", "::/128"} {
 		fix("a machine that has no address yet", netip.MustParsePrefix(text))
 	}
-	fix("protect.addresses", c.Protect.Addresses...)
+	fix(whyOperator, c.Protect.Addresses...)
 	fix("protect.cluster: pods and services", c.Protect.Cluster...)
 	if c.Protect.Cloudflare {
 		known, _ := decision.Known("cloudflare")
 		fix("Cloudflare's edge", known...)
 	}
 	g.sources = []source{
-		{why: "this node's own address", read: interfaceAddrs},
-		{why: "the default gateway", read: gateways},
+		{why: whyOwn, read: interfaceAddrs},
+		{why: whyGateway, read: gateways},
 		{why: "a DNS server of this node", read: nameservers},
 		{why: "a VPN of this node", read: tunnels},
 		{why: "the Kubernetes control plane", read: controlPlane},
@@ -111,13 +111,28 @@ func (g *guard) look(ctx context.Context) []Protected {
 	return slices.CompactFunc(out, func(a, b Protected) bool { return a.Prefix == b.Prefix })
 }
 
-// whyProtected returns why p, or part of it, is protected; the narrowest reason
-// says most.
+// The reasons that say most about a range, most of all the last.
+const (
+	whyOperator = "protect.addresses"
+	whyOwn      = "this node's own address"
+	whyGateway  = "the default gateway"
+)
+
+// whyProtected returns why p, or part of it, is protected: the reason that says
+// most if p is a range, and else the narrowest.
 func whyProtected(list []Protected, p netip.Prefix) string {
-	why, bits := "", -1
+	telling := []string{whyOperator, whyOwn, whyGateway}
+	why, rank, bits := "", -1, -1
 	for _, g := range list {
-		if g.Prefix.Overlaps(p) && g.Prefix.Bits() > bits {
-			why, bits = g.Why, g.Prefix.Bits()
+		if !g.Prefix.Overlaps(p) {
+			continue
+		}
+		r := -1
+		if !p.IsSingleIP() {
+			r = slices.Index(telling, g.Why)
+		}
+		if r > rank || r == rank && g.Prefix.Bits() > bits {
+			why, rank, bits = g.Why, r, g.Prefix.Bits()
 		}
 	}
 	return why
@@ -152,53 +167,21 @@ func interfaceAddrs(context.Context) ([]netip.Prefix, error) {
 	return out, nil
 }
 
+// gateways returns those of the default routes of all tables.
 func gateways(context.Context) ([]netip.Prefix, error) {
-	four, err := os.ReadFile("/proc/net/route")
+	routes, err := listRoutes()
 	if err != nil {
-		return nil, fmt.Errorf("read routes: %w", err)
+		return nil, err
 	}
-	six, err := os.ReadFile("/proc/net/ipv6_route")
-	if err != nil && !os.IsNotExist(err) { // a kernel without IPv6 has none
-		return nil, fmt.Errorf("read routes: %w", err)
-	}
-	return append(parseRoutes4(four), parseRoutes6(six)...), nil
-}
-
-// parseRoutes4 returns the default gateways of /proc/net/route, whose lines are
-// "Iface Destination Gateway Flags RefCnt Use Metric Mask ...", with addresses as
-// the machine's integers.
-func parseRoutes4(text []byte) []netip.Prefix {
-	const zero = "00000000"
 	var out []netip.Prefix
-	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
-		f := strings.Fields(lines.Text())
-		if len(f) < 8 || f[1] != zero || f[7] != zero || f[2] == zero {
-			continue
-		}
-		if b, err := hex.DecodeString(f[2]); err == nil && len(b) == 4 {
-			var a [4]byte
-			binary.NativeEndian.PutUint32(a[:], binary.BigEndian.Uint32(b))
-			out = append(out, single(netip.AddrFrom4(a)))
+	for _, r := range routes {
+		if r.to.Bits() == 0 {
+			for _, a := range r.via {
+				out = append(out, single(a))
+			}
 		}
 	}
-	return out
-}
-
-// parseRoutes6 returns the default gateways of /proc/net/ipv6_route, whose lines
-// are "destination length source length nexthop ...", in network order.
-func parseRoutes6(text []byte) []netip.Prefix {
-	zero := strings.Repeat("0", 32)
-	var out []netip.Prefix
-	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
-		f := strings.Fields(lines.Text())
-		if len(f) < 5 || f[0] != zero || f[1] != "00" || f[4] == zero {
-			continue
-		}
-		if b, err := hex.DecodeString(f[4]); err == nil && len(b) == 16 {
-			out = append(out, single(netip.AddrFrom16([16]byte(b))))
-		}
-	}
-	return out
+	return out, nil
 }
 
 // resolvFiles are where a node's DNS servers stand: the second has those that
@@ -318,6 +301,30 @@ func tunnels(context.Context) ([]netip.Prefix, error) {
 	if len(of) == 0 {
 		return nil, nil
 	}
+	routes, err := listRoutes()
+	if err != nil {
+		return nil, err
+	}
+	private, _ := decision.Known("private")
+	ours := zoneOf(private)
+	for _, r := range routes {
+		if slices.ContainsFunc(r.out, func(i int) bool { return of[i] }) && ours.holds(r.to.Masked()) {
+			add(r.to)
+		}
+	}
+	return out, nil
+}
+
+// route is a route to other machines, with the interfaces that it goes out by and
+// the gateways that it goes to: several if it has several paths.
+type route struct {
+	to  netip.Prefix
+	out []int
+	via []netip.Addr
+}
+
+// listRoutes returns the routes of all tables.
+func listRoutes() ([]route, error) {
 	table, err := syscall.NetlinkRIB(syscall.RTM_GETROUTE, syscall.AF_UNSPEC)
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
@@ -326,20 +333,7 @@ func tunnels(context.Context) ([]netip.Prefix, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
-	private, _ := decision.Known("private")
-	ours := zoneOf(private)
-	for _, r := range routes {
-		if of[r.out] && ours.holds(r.to.Masked()) {
-			add(r.to)
-		}
-	}
-	return out, nil
-}
-
-// route is a route to other machines, and the interface that it goes out by.
-type route struct {
-	to  netip.Prefix
-	out int
+	return routes, nil
 }
 
 // parseRoutes reads the kernel's answer to RTM_GETROUTE.
@@ -354,28 +348,70 @@ func parseRoutes(table []byte) ([]route, error) {
 		if m.Header.Type != syscall.RTM_NEWROUTE || len(m.Data) < syscall.SizeofRtMsg || m.Data[7] != syscall.RTN_UNICAST {
 			continue
 		}
-		attrs, err := syscall.ParseNetlinkRouteAttr(&m)
-		if err != nil {
-			return nil, err
-		}
 		var r route
-		for _, a := range attrs {
-			switch a.Attr.Type {
-			case syscall.RTA_DST:
-				if addr, ok := netip.AddrFromSlice(a.Value); ok {
-					r.to = netip.PrefixFrom(addr, int(m.Data[1]))
-				}
-			case syscall.RTA_OIF:
-				if len(a.Value) == 4 {
-					r.out = int(binary.NativeEndian.Uint32(a.Value))
-				}
-			}
+		switch m.Data[0] { // without RTA_DST it is the default route
+		case syscall.AF_INET:
+			r.to = netip.PrefixFrom(netip.IPv4Unspecified(), int(m.Data[1]))
+		case syscall.AF_INET6:
+			r.to = netip.PrefixFrom(netip.IPv6Unspecified(), int(m.Data[1]))
 		}
-		if r.to.IsValid() && r.out > 0 {
+		r.read(m.Data[syscall.SizeofRtMsg:])
+		if r.to.IsValid() && len(r.out) > 0 {
 			out = append(out, r)
 		}
 	}
 	return out, nil
+}
+
+// read takes in the attributes of a route, or of one of its paths.
+func (r *route) read(attrs []byte) {
+	const (
+		path    = 8  // struct rtnexthop: length, flags, hops, interface
+		typeVia = 18 // a gateway of another family, which its first two bytes name
+	)
+	leave := func(index []byte) {
+		if len(index) == 4 {
+			r.out = append(r.out, int(binary.NativeEndian.Uint32(index)))
+		}
+	}
+	pass := func(gateway []byte) {
+		if a, ok := netip.AddrFromSlice(gateway); ok {
+			r.via = append(r.via, a)
+		}
+	}
+	for head, value := range records(attrs, syscall.SizeofRtAttr) {
+		switch binary.NativeEndian.Uint16(head[2:]) {
+		case syscall.RTA_DST:
+			if a, ok := netip.AddrFromSlice(value); ok {
+				r.to = netip.PrefixFrom(a, r.to.Bits())
+			}
+		case syscall.RTA_OIF:
+			leave(value)
+		case syscall.RTA_GATEWAY:
+			pass(value)
+		case typeVia:
+			pass(value[min(2, len(value)):])
+		case syscall.RTA_MULTIPATH:
+			for head, attrs := range records(value, path) {
+				leave(head[4:])
+				r.read(attrs)
+			}
+		}
+	}
+}
+
+// records yields what stands one after another in a netlink message, each as its
+// head, whose first two bytes are the length of both, and what follows that.
+func records(data []byte, head int) iter.Seq2[[]byte, []byte] {
+	return func(yield func([]byte, []byte) bool) {
+		for len(data) >= head {
+			n := int(binary.NativeEndian.Uint16(data))
+			if n < head || n > len(data) || !yield(data[:head], data[head:n]) {
+				return
+			}
+			data = data[min((n+3)&^3, len(data)):]
+		}
+	}
 }
 
 func parseNameservers(text []byte) []netip.Prefix {

@@ -2,9 +2,7 @@ package bouncer
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -14,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/edgeward/edgeward/internal/decision"
 	"github.com/edgeward/edgeward/internal/netns"
 )
 
@@ -25,23 +24,32 @@ func texts(list []netip.Prefix) []string {
 	return out
 }
 
-func TestParseRoutes(t *testing.T) {
-	gateway := fmt.Sprintf("%08X", binary.NativeEndian.Uint32([]byte{192, 168, 7, 1}))
-	four := "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n" +
-		"eth0\t00000000\t" + gateway + "\t0003\t0\t0\t0\t00000000\t0\t0\t0\n" +
-		"eth0\t0007A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n" +
-		"eth1\t00000000\t00000000\t0001\t0\t0\t0\t00000000\t0\t0\t0\n" +
-		"eth1\t00000000\tnonsense\t0001\t0\t0\t0\t00000000\t0\t0\t0\n\nshort\n"
-	if d := cmp.Diff([]string{"192.168.7.1/32"}, texts(parseRoutes4([]byte(four)))); d != "" {
+// TestGateways: those of every path of every default route, of all tables, and no
+// others.
+func TestGateways(t *testing.T) {
+	ns := netns.New(t)
+	for _, cmd := range []string{
+		"link add up0 type veth peer name up1", "link set up0 up", "addr add 192.168.7.2/24 dev up0", "addr add 2001:db8:7::2/64 dev up0 nodad",
+		"link set up1 up", "addr add 192.168.8.2/24 dev up1",
+		"route add default via 192.168.7.1", "-6 route add default via fe80::a dev up0",
+		"route add default table 77 nexthop via 192.168.7.3 nexthop via 192.168.8.3", "-6 route add default via 2001:db8:7::1 table 78",
+		"route add default via inet6 fe80::b dev up1 metric 9", "route add default dev up1 metric 10", "route add 10.9.0.0/16 via 192.168.7.99",
+	} {
+		ns.MustExec("ip", strings.Fields(cmd)...)
+	}
+	var got []netip.Prefix
+	ns.Must(func() (err error) {
+		got, err = gateways(t.Context())
+		return err
+	})
+	slices.SortFunc(got, netip.Prefix.Compare)
+	want := []string{"192.168.7.1/32", "192.168.7.3/32", "192.168.8.3/32", "2001:db8:7::1/128", "fe80::a/128", "fe80::b/128"}
+	if d := cmp.Diff(want, texts(got)); d != "" {
 		t.Error(d)
 	}
-	zero := "00000000000000000000000000000000"
-	six := zero + " 00 " + zero + " 00 fe80000000000000000000000000000a 00000400 00000001 00000000 00450003 eth0\n" +
-		"20010db8000000000000000000000000 40 " + zero + " 00 " + zero + " 00000100 00000001 00000000 00000001 eth0\n" +
-		zero + " 00 " + zero + " 00 " + zero + " ffffffff 00000001 00000000 00200200 lo\n"
-	if d := cmp.Diff([]string{"fe80::a/128"}, texts(parseRoutes6([]byte(six)))); d != "" {
-		t.Error(d)
-	}
+}
+
+func TestParseNameservers(t *testing.T) {
 	resolv := "# nameserver 10.0.0.9\nnameserver 10.0.0.1\nnameserver fe80::1%eth0\nsearch example.com\nnameserver\nnameserver x\n"
 	if d := cmp.Diff([]string{"10.0.0.1/32", "fe80::1/128"}, texts(parseNameservers([]byte(resolv)))); d != "" {
 		t.Error(d)
@@ -88,6 +96,58 @@ func TestTunnels(t *testing.T) {
 	}
 }
 
+// TestTunnelSplit: who sends all but the home network through a provider, as
+// AllowedIPs say that, does not protect the world.
+func TestTunnelSplit(t *testing.T) {
+	ns := netns.New(t)
+	for _, cmd := range []string{
+		"tuntap add dev wg0 mode tun", "addr add 10.66.0.2/32 dev wg0", "link set wg0 up", "route add 10.67.0.0/16 nexthop dev wg0 nexthop dev lo",
+	} {
+		ns.MustExec("ip", strings.Fields(cmd)...)
+	}
+	zoneOf([]netip.Prefix{netip.MustParsePrefix("192.168.0.0/16")}).divide(netip.MustParsePrefix("0.0.0.0/0"), func(p netip.Prefix, in bool) {
+		if !in {
+			ns.MustExec("ip", "route", "add", p.String(), "dev", "wg0")
+		}
+	})
+	var got []netip.Prefix
+	ns.Must(func() (err error) {
+		got, err = tunnels(t.Context())
+		return err
+	})
+	private, _ := decision.Known("private")
+	for _, p := range got {
+		if !zoneOf(private).holds(p) {
+			t.Errorf("%v is public and protected", p)
+		}
+	}
+	for _, p := range []string{"10.66.0.2/32", "10.67.0.0/16"} {
+		if !slices.Contains(texts(got), p) {
+			t.Errorf("%s is reached through the tunnel and not protected: %v", p, got)
+		}
+	}
+}
+
+// TestWhyProtected: of a wide range the reason that says most is named, of an
+// address the narrowest.
+func TestWhyProtected(t *testing.T) {
+	var list []Protected
+	for _, r := range [][2]string{
+		{"0.0.0.0/32", "a machine that has no address yet"}, {"127.0.0.0/8", "loopback"}, {"192.168.7.0/24", whyOperator},
+		{"192.168.7.1/32", whyGateway}, {"192.168.7.2/32", whyOwn}, {"192.168.7.3/32", "LAPI"}, {"10.42.0.0/16", "pods"}, {"10.42.0.9/32", whyOwn},
+	} {
+		list = append(list, Protected{netip.MustParsePrefix(r[0]), r[1]})
+	}
+	for p, want := range map[string]string{
+		"0.0.0.0/0": whyGateway, "10.0.0.0/8": whyOwn, "192.168.7.128/25": whyOperator, "192.168.7.3/32": "LAPI", "192.168.7.9/32": whyOperator,
+		"0.0.0.0/8": "a machine that has no address yet", "10.42.3.0/24": "pods", "8.0.0.0/8": "",
+	} {
+		if got := whyProtected(list, netip.MustParsePrefix(p)); got != want {
+			t.Errorf("%s: %q, want %q", p, got, want)
+		}
+	}
+}
+
 func FuzzParseRoutes(f *testing.F) {
 	if table, err := syscall.NetlinkRIB(syscall.RTM_GETROUTE, syscall.AF_UNSPEC); err == nil {
 		f.Add(table)
@@ -96,7 +156,7 @@ func FuzzParseRoutes(f *testing.F) {
 	f.Fuzz(func(t *testing.T, table []byte) {
 		routes, err := parseRoutes(table)
 		for _, r := range routes {
-			if !r.to.IsValid() || r.out <= 0 || err != nil {
+			if !r.to.IsValid() || len(r.out) == 0 || err != nil {
 				t.Errorf("%+v %v", r, err)
 			}
 		}

@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -309,7 +310,7 @@ func (b *Bouncer) lookAt(l *list) {
 	b.log.Info("list read", "list", l.config.Name, "file", l.config.Path, "entries", text.entries.len(), "added", added, "removed", removed,
 		"took", time.Since(start).Round(time.Microsecond).String())
 	if text.unreadable > 0 {
-		b.log.Warn("lines of a list are neither an address nor a range", "list", l.config.Name, "file", l.config.Path,
+		b.log.Warn("lines of a list cannot be used", "list", l.config.Name, "file", l.config.Path,
 			"count", text.unreadable, "first", text.shown)
 	}
 }
@@ -476,8 +477,23 @@ func (t *listText) line(number int, line []byte, long bool) {
 	}
 	t.unreadable++
 	if len(t.shown) < linesShown {
-		t.shown = append(t.shown, fmt.Sprintf("line %d: %q: %s", number, text[:min(len(text), shownText)], problem))
+		shown := fmt.Sprintf("line %d: ", number)
+		if looksHarmless(text) {
+			shown += fmt.Sprintf("%q: ", text[:min(len(text), shownText)])
+		}
+		t.shown = append(t.shown, shown+problem)
 	}
+}
+
+// looksHarmless reports whether text was meant as an address. Anything else is
+// not repeated: a path that leads to a secret must not put it into the log.
+func looksHarmless(text []byte) bool {
+	for _, c := range text {
+		if !strings.ContainsRune("0123456789ABCDEFabcdef.:/", rune(c)) {
+			return false
+		}
+	}
+	return bytes.ContainsAny(text, ".:/")
 }
 
 // addresses is a set of prefixes, 8 bytes each for IPv4 and 17 for IPv6. It can

@@ -34,13 +34,16 @@ func TestParseList(t *testing.T) {
 		"IPv4 in IPv6":        {text: "::ffff:203.0.113.9\n::ffff:198.51.100.0/120\n", want: []string{"198.51.100.0/24", "203.0.113.9/32"}, lines: 2},
 		"host bits, twice":    {text: " 198.51.100.7/24\n198.51.100.0/24 \n", want: []string{"198.51.100.0/24"}, lines: 2},
 		"a neighbour's fault": {text: "203.0.113.9\n203.0.113\nx y\n0.0.0.0/0\n203.0.113.8/33\n203.0.113.8\n", want: []string{"203.0.113.8/32", "203.0.113.9/32"}, lines: 6,
-			unreadable: []string{`line 2: "203.0.113": neither an address nor a range`, `line 3: "x y": neither an address nor a range`,
+			unreadable: []string{`line 2: "203.0.113": neither an address nor a range`, `line 3: neither an address nor a range`,
 				`line 4: "0.0.0.0/0": wider than /8`, `line 5: "203.0.113.8/33": neither an address nor a range`}},
 		"a long line": {text: "203.0.113.9\n" + strings.Repeat("1", 10_000) + "\n203.0.113.8 # " + strings.Repeat("why", 10_000) + "\n203.0.113.7",
 			want: []string{"203.0.113.7/32", "203.0.113.8/32", "203.0.113.9/32"}, lines: 4,
-			unreadable: []string{`line 2: "` + strings.Repeat("1", 60) + `": the line is too long`}},
-		"NUL":     {text: "\x00\n203.0.113.9\n", want: []string{"203.0.113.9/32"}, lines: 2, unreadable: []string{`line 1: "\x00": neither an address nor a range`}},
-		"no page": {text: "<html>404</html>\n", lines: 1, unreadable: []string{`line 1: "<html>404</html>": neither an address nor a range`}},
+			unreadable: []string{`line 2: the line is too long`}},
+		"a secret, not repeated": {text: "0123456789abcdef0123456789abcdef\nroot:$6$salt:19000\n2001:db8::/9x\n1.2.3.4.5\n", lines: 4,
+			unreadable: []string{`line 1: neither an address nor a range`, `line 2: neither an address nor a range`,
+				`line 3: neither an address nor a range`, `line 4: "1.2.3.4.5": neither an address nor a range`}},
+		"NUL":     {text: "\x00\n203.0.113.9\n", want: []string{"203.0.113.9/32"}, lines: 2, unreadable: []string{`line 1: neither an address nor a range`}},
+		"no page": {text: "<html>404</html>\n", lines: 1, unreadable: []string{`line 1: neither an address nor a range`}},
 	} {
 		got, err := parseList(strings.NewReader(c.text))
 		if err != nil {
@@ -107,7 +110,8 @@ func newShelf(t testing.TB, dir string, withLAPI bool) *shelf {
 		}
 		c.Lists = []ListConfig{{Name: "mine", Path: s.path, Remediation: "ban"}}
 	})
-	s.Bouncer.log = slog.New(slog.NewTextHandler(&s.log, nil))
+	log := slog.New(slog.NewTextHandler(&s.log, nil))
+	s.Bouncer.log, s.enforcer.log = log, log
 	return s
 }
 
@@ -175,8 +179,12 @@ func TestListsWithoutLAPI(t *testing.T) {
 	if len(status.Lists) != 1 || status.Lists[0].Entries != 5 || status.Lists[0].Unreadable != 1 || status.Lists[0].Error != "" || status.LAPI.Answering {
 		t.Errorf("%+v", status.Lists)
 	}
-	if !strings.Contains(s.log.String(), `line 6: \"nonsense\": neither an address nor a range`) {
+	if !strings.Contains(s.log.String(), `lines of a list cannot be used`) || !strings.Contains(s.log.String(), `line 6: neither an address nor a range`) ||
+		!strings.Contains(s.log.String(), `level=INFO msg="a list names protected addresses`) {
 		t.Error(s.log.String())
+	}
+	if why.Decisions[0].List != "mine" {
+		t.Errorf("why names the list %q", why.Decisions[0].List)
 	}
 	writes := s.memory.installs + s.memory.updates
 	s.look()

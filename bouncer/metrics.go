@@ -23,6 +23,7 @@ var (
 	descWaived     = desc("edgeward_waived_packets_total", "Packets that a ban or a lock would have stopped, but for an allow, an unban or a pause.", "ip_type")
 	descLocked     = desc("edgeward_locked_packets_total", "Packets to locked ports from sources that may not use them.", "lock", "ip_type")
 	descStray      = desc("edgeward_unclassified_packets_total", "Packets of banned addresses of no known class, dropped too.", "ip_type")
+	descResumed    = desc("edgeward_resumed_packets_total", "Packets of this node to banned addresses, dropped as they would resume a connection that a ban ended.", "ip_type")
 	descElements   = desc("edgeward_kernel_elements", "Addresses and ranges that the kernel holds, some of which may have just timed out.", "set")
 	descIntact     = desc("edgeward_kernel_intact", "1 if the kernel held all that was written when it was last looked at.")
 	descLooked     = desc("edgeward_kernel_verified_timestamp_seconds", "When the kernel was last looked at.")
@@ -63,7 +64,7 @@ type collector struct{ b *Bouncer }
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		descDecisions, descDropped, descDroppedB, descObserved, descObservedB, descSeen, descSeenB, descProtected,
-		descLocked, descStray, descElements, descIntact, descLooked, descWrites, descFailures, descRepairs, descMeddling,
+		descLocked, descStray, descResumed, descElements, descIntact, descLooked, descWrites, descFailures, descRepairs, descMeddling,
 		descPulls, descDoubts, descPulled, descSkipped, descCovered, descBypasses, descMode, descLastChange,
 		descWaived, descOrders, descStoodDown,
 		descList, descListBad, descListRead, descListStale, descAuth, descRefused, descWouldbe,
@@ -121,6 +122,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 			count(descLocked, n.Packets, n.Name, family)
 		case nft.Unclassified:
 			count(descStray, n.Packets, family)
+		case nft.Resumed:
+			count(descResumed, n.Packets, family)
 		}
 	}
 
@@ -172,7 +175,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		count(descSkipped, n, reason)
 	}
 	gauge(descCovered, float64(len(*b.enforcer.covering.Load())))
-	for _, kind := range []string{"cilium", "flowtable", "tc", "xdp"} {
+	for _, kind := range []string{"cilium", "exempt", "flowtable", "tc", "xdp"} {
 		n := 0
 		for _, p := range b.passing {
 			if p.Kind == kind {

@@ -50,6 +50,7 @@ type Bouncer struct {
 	saved   snapshotState
 	passing []nft.Bypass // what may carry packets past the ruleset
 	trouble string       // why that was not found out, as logged
+	serves  []func() error
 }
 
 // feed is what is known of LAPI.
@@ -57,6 +58,8 @@ type feed struct {
 	Pulls, Fulls, Doubts uint64
 	Last, LastFull       time.Time
 	Skipped              map[string]uint64
+	Err                  error     // of the last pull
+	Failing              time.Time // since when pulls fail, zero: the last came in
 	changes              uint64
 }
 
@@ -207,10 +210,24 @@ func Means(p nft.Bypass) string {
 	switch p.Kind {
 	case "flowtable":
 		return "established connections that it has taken over go on until they end; new ones are stopped"
+	case "exempt":
+		return "a default route leads out by this interface, and nothing that comes in by it is stopped: it matches firewall.exempt"
 	case "cilium":
 		return "Cilium may hand packets to pods before bans are asked; ban there as well"
 	}
 	return "an eBPF program sees packets before bans do, and may hand them on by itself"
+}
+
+// Pulled takes in how a pull of the decision stream ended.
+func (b *Bouncer) Pulled(err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch b.feed.Err = err; {
+	case err == nil:
+		b.feed.Failing = time.Time{}
+	case b.feed.Failing.IsZero():
+		b.feed.Failing = b.now()
+	}
 }
 
 // Sink takes in the decision stream.
@@ -323,12 +340,13 @@ func (b *Bouncer) save(last bool) {
 // snapshot, tells of; otherwise why not.
 func (b *Bouncer) Ready() error {
 	r := b.enforcer.stands()
+	if r.StoodDown {
+		return errStoodDown
+	}
 	if err := b.listsKnown(); err != nil {
 		return err
 	}
 	switch {
-	case r.StoodDown:
-		return errStoodDown
 	case !r.Fed && !b.config.hasLAPI():
 		return errors.New("no decisions yet: the lists are not in force")
 	case !r.Fed:

@@ -138,6 +138,7 @@ func TestFeedReachesKernelAndBack(t *testing.T) {
 		{Kind: nft.Protected, Packets: 2, Bytes: 90},
 		{Kind: nft.Locked, Name: "ingress", Packets: 5, Bytes: 300},
 		{Kind: nft.Unclassified, Packets: 0},
+		{Kind: nft.Resumed, Packets: 6, Bytes: 400},
 	}
 	s := n.Status()
 	if s.Ready != "yes" || !s.LAPI.Answering || len(s.Covered) != 1 || s.Covered[0].Protects != "protect.addresses" || s.Skipped["value"] != 1 ||
@@ -186,7 +187,7 @@ func TestFeedReachesKernelAndBack(t *testing.T) {
 		`edgeward_locked_packets_total{ip_type="ipv4",lock="ingress"} 5`,
 		`edgeward_kernel_elements{set="bans4"} 1`, `edgeward_kernel_elements{set="ranges4"} 1`, `edgeward_kernel_intact 1`,
 		`edgeward_kernel_transactions_total{kind="install"} 1`, `edgeward_pulls_total{kind="full"} 1`,
-		`edgeward_decisions_skipped_total{reason="value"} 1`, `edgeward_covered_decisions 1`, `edgeward_bypasses{kind="xdp"} 1`, `edgeward_bypasses{kind="tc"} 0`, `edgeward_mode{mode="enforce"} 1`,
+		`edgeward_decisions_skipped_total{reason="value"} 1`, `edgeward_covered_decisions 1`, `edgeward_bypasses{kind="xdp"} 1`, `edgeward_bypasses{kind="tc"} 0`, `edgeward_bypasses{kind="exempt"} 0`, `edgeward_resumed_packets_total{ip_type="ipv4"} 6`, `edgeward_mode{mode="enforce"} 1`,
 	} {
 		if !strings.Contains(page.Body.String(), "\n"+want+"\n") {
 			t.Errorf("no metric says %s:\n%s", want, page.Body)

@@ -32,6 +32,9 @@ type Asked struct {
 	Because string    `json:"because,omitempty"`
 	// By is the user and process that asked, as the kernel told.
 	By string `json:"by,omitempty"`
+	// List names the file list that an unban sets aside: it lasts as long as
+	// the list names the address.
+	List string `json:"list,omitempty"`
 }
 
 // Allow protects addresses until its end.
@@ -146,11 +149,34 @@ func (o Orders) why(addr netip.Addr, now time.Time) string {
 	if !ok {
 		return ""
 	}
-	says := fmt.Sprintf("%s until %s (asked for by %s", is, moment(a.Until), a.By)
+	says := fmt.Sprintf("%s %s (asked for by %s", is, a.Lasts(), a.By)
 	if a.Because != "" {
 		says += ", because: " + a.Because
 	}
 	return says + ")"
+}
+
+// opens reports whether an order lets addr pass locks too.
+func (o Orders) opens(addr netip.Addr, now time.Time) bool {
+	o.Unbans = nil
+	_, _, ok := o.waives(addr, now)
+	return ok
+}
+
+// pauses reports whether a pause, and no order of its own, lets addr pass.
+func (o Orders) pauses(addr netip.Addr, now time.Time) bool {
+	_, _, ok := o.waives(addr, now)
+	o.Pause = nil
+	_, _, own := o.waives(addr, now)
+	return ok && !own
+}
+
+// Lasts says how long an order lasts.
+func (a Asked) Lasts() string {
+	if !a.Until.Before(decision.Forever) {
+		return "for as long as the list " + a.List + " names it"
+	}
+	return "until " + moment(a.Until)
 }
 
 // order puts next in the place of the orders in force: in the kernel first, then
@@ -183,7 +209,7 @@ func (e *enforcer) order(next Orders) (note string, err error) {
 }
 
 // review ends the orders whose time is over, and the unbans of addresses that a
-// newer decision holds. The caller holds e.mu.
+// newer decision holds, or none any more. The caller holds e.mu.
 func (e *enforcer) review() {
 	orders := *e.orders.Load()
 	if orders.count() == 0 || e.stoodDown {
@@ -192,8 +218,11 @@ func (e *enforcer) review() {
 	now := e.now()
 	r := e.reading.Load()
 	newer := map[netip.Addr]decision.Verdict{}
+	gone := map[netip.Addr]bool{}
 	for _, u := range orders.Unbans {
-		for _, v := range e.holders(r, u.Address, now) {
+		holders := e.holders(r, u.Address, now)
+		gone[u.Address] = e.fed && len(holders) == 0 // before that nothing is known
+		for _, v := range holders {
 			if !slices.Contains(u.Decisions, v.ID) {
 				newer[u.Address] = v
 			}
@@ -210,6 +239,11 @@ func (e *enforcer) review() {
 			lines = append(lines, func() {
 				e.log.Info("a newer decision holds an unbanned address, which is banned again", "value", valueOf(of),
 					"decision", v.ID, "origin", v.Origin, "scenario", v.Scenario)
+			})
+			return true
+		case what == "unban" && gone[of.Addr()]:
+			lines = append(lines, func() {
+				e.log.Info("an order has ended: no decision holds the address any more", "order", what, "value", valueOf(of))
 			})
 			return true
 		}
@@ -231,12 +265,23 @@ func (e *enforcer) review() {
 	}
 }
 
-// holders are the decisions that count on addr here.
+// holders are the decisions that count on addr here: in the kernel, and at the
+// auth endpoint where there is one.
 func (e *enforcer) holders(r *reading, addr netip.Addr, now time.Time) []decision.Verdict {
+	enforced, refused := r.all, r.refused
 	if r.private.holds(single(addr)) {
-		return r.local.Holders(r.table, addr, now)
+		enforced, refused = r.local, r.refusedLocal
 	}
-	return r.all.Holders(r.table, addr, now)
+	out := enforced.Holders(r.table, addr, now)
+	if !e.config.Auth.Listen.IsValid() {
+		return out
+	}
+	for _, v := range refused.Holders(r.table, addr, now) {
+		if !slices.ContainsFunc(out, func(o decision.Verdict) bool { return o.ID == v.ID }) {
+			out = append(out, v)
+		}
+	}
+	return out
 }
 
 // valueOf writes an address without its length, and everything as everything.
@@ -311,6 +356,9 @@ func (e *enforcer) unban(addr netip.Addr, end bool, because, by string) (u Unban
 		u.Decisions = append(u.Decisions, v.ID)
 		if v.Until.After(u.Until) {
 			u.Until = v.Until
+		}
+		if v.ID >= decision.FirstLocal {
+			u.List = v.Scenario
 		}
 	}
 	switch {

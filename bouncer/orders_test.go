@@ -46,6 +46,13 @@ func (o *ordered) restart() {
 	o.boot(o.t)
 	log := slog.New(slog.NewTextHandler(o.log, nil))
 	o.Bouncer.log, o.enforcer.log = log, log
+	o.listen()
+}
+
+// listen serves the socket.
+func (o *ordered) listen() {
+	o.t.Helper()
+	log := slog.New(slog.DiscardHandler)
 	o.socket = filepath.Join(o.t.TempDir(), "bouncer.sock")
 	c, err := ListenControl(o.socket, o.Bouncer, log)
 	if err != nil {
@@ -142,7 +149,7 @@ func TestUnban(t *testing.T) {
 	o := newOrdered(t, t.TempDir())
 	o.ask(Order{Verb: "unban", Address: "198.51.100.9"}, "1 decision counts no more for 198.51.100.9 on this node alone, until ")
 	o.ask(Order{Verb: "unban", Address: "2001:db8::1"},
-		"cscli decisions delete --ip 2001:db8::1 and cscli decisions delete --range 2001:db8::/32")
+		"to lift it everywhere: cscli decisions delete --range 2001:db8::/32 ")
 	o.drops(false, "198.51.100.9", "2001:db8::1")
 	o.drops(true, "198.51.100.8", "2001:db8::2", "203.0.113.66")
 	o.why("198.51.100.9", "pass", "waived: it is unbanned on this node until ")
@@ -178,7 +185,7 @@ func TestPause(t *testing.T) {
 	o.ask(Order{Verb: "allow", Address: "203.0.113.66", For: time.Hour}, "no ban stops")
 	o.ask(Order{Verb: "pause", For: 10 * time.Minute}, "this node drops nothing until ")
 	o.drops(false, "203.0.113.66", "198.51.100.9", "2001:db8::1")
-	o.why("198.51.100.9", "pass", "this node is paused until ")
+	o.why("198.51.100.9", "pass", "; would be enforced: this node is paused until ")
 	if o.memory.installs != installs {
 		t.Error("a pause installed everything again")
 	}
@@ -288,6 +295,7 @@ func TestKernelHoldsWhatOrdersSay(t *testing.T) {
 		}
 		allowed := map[netip.Prefix]time.Time{}
 		var paused time.Time
+		accepted := 0
 		for step := range 50 {
 			what := ""
 			var err error
@@ -309,6 +317,7 @@ func TestKernelHoldsWhatOrdersSay(t *testing.T) {
 				d := time.Duration(s.Intn(4)) * time.Minute
 				m.fails = s.Intn(3) / 2
 				if _, _, refused := e.pause(d, "", "test"); refused == nil {
+					accepted++
 					paused = s.at.Add(d)
 				}
 				m.fails = 0
@@ -322,6 +331,7 @@ func TestKernelHoldsWhatOrdersSay(t *testing.T) {
 				}
 				m.fails = s.Intn(3) / 2
 				if _, _, refused := e.allow(p, d, "", "test"); refused == nil {
+					accepted++
 					allowed[p] = s.at.Add(d)
 				}
 				m.fails = 0
@@ -345,6 +355,64 @@ func TestKernelHoldsWhatOrdersSay(t *testing.T) {
 				}
 			}
 		}
+		if accepted == 0 {
+			t.Errorf("seed %d: no order was ever accepted", seed)
+		}
+	}
+}
+
+// TestUnbanEnds when the decisions that it set aside are gone, and not before
+// that is known.
+func TestUnbanEnds(t *testing.T) {
+	o := newOrdered(t, t.TempDir())
+	o.ask(Order{Verb: "unban", Address: "203.0.113.66"}, "to lift it everywhere: cscli decisions delete --ip 203.0.113.66 ")
+	o.restart()
+	if _, err := o.turn(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(o.Status().Orders.Unbans); n != 1 {
+		t.Errorf("%d unbans before LAPI has answered", n)
+	}
+	o.answer(true, o.bans()...)
+	o.answer(false, lapi.Row{ID: 1})
+	if n := len(o.Status().Orders.Unbans); n != 0 || !strings.Contains(o.log.String(), "no decision holds the address any more") {
+		t.Errorf("%d unbans of what nothing holds", n)
+	}
+}
+
+// TestUnbanFromAList: what a file names cscli cannot lift, and it has no end.
+func TestUnbanFromAList(t *testing.T) {
+	s := newShelf(t, t.TempDir(), true)
+	s.answer(true, decided(1, "203.0.113.9", "ban", "crowdsec", "ssh"))
+	s.put("203.0.113.0/24")
+	o := &ordered{node: s.node, t: t, log: &s.log}
+	o.listen()
+	o.ask(Order{Verb: "unban", Address: "203.0.113.8"}, "1 decision counts no more for 203.0.113.8 on this node alone, for as long as the list mine names it; "+
+		"one that is made later counts again; to lift it for good take 203.0.113.0/24 out of "+s.path+" ")
+	o.ask(Order{Verb: "unban", Address: "203.0.113.9"}, "; to lift it everywhere: cscli decisions delete --ip 203.0.113.9; to lift it for good take ")
+	o.why("203.0.113.8", "pass", "it is unbanned on this node for as long as the list mine names it")
+	o.drops(false, "203.0.113.8", "203.0.113.9")
+	s.put("203.0.113.77")
+	s.put("203.0.113.77", "203.0.113.0/24")
+	o.drops(true, "203.0.113.8")
+}
+
+// TestUnbanAtTheAuthEndpoint: what proxies alone are told to refuse can be
+// lifted, too.
+func TestUnbanAtTheAuthEndpoint(t *testing.T) {
+	o := newOrdered(t, t.TempDir())
+	captcha := decided(8, "192.0.2.8", "captcha", "crowdsec", "http")
+	o.answer(false, captcha)
+	o.ask(Order{Verb: "unban", Address: "192.0.2.8"}, "no decision that this node enforces holds 192.0.2.8")
+	o.why("192.0.2.8", "pass", "; left to the upper layers: captcha")
+	o.config.Auth = AuthConfig{Listen: netip.MustParseAddrPort("127.0.0.1:1"), Remediations: []Remediation{"ban", "captcha"}}
+	o.restart()
+	o.answer(true, append(o.bans(), captcha)...)
+	o.why("192.0.2.8", "pass", "the kernel leaves it alone, and /v1/auth refuses it; left by the kernel, refused by /v1/auth")
+	o.ask(Order{Verb: "unban", Address: "192.0.2.8"}, "1 decision counts no more for 192.0.2.8")
+	o.why("192.0.2.8", "pass", "waived: it is unbanned on this node until ")
+	if v, _ := o.Bouncer.auth.judge(netip.MustParseAddr("192.0.2.8"), true); v.ID != 0 {
+		t.Errorf("a proxy is told %+v", v)
 	}
 }
 
@@ -373,6 +441,7 @@ func TestCleanupStandsDown(t *testing.T) {
 	if !s.StoodDown || s.Kernel.Enforcing || !strings.Contains(s.Ready, "until the agent is restarted") {
 		t.Errorf("status %+v", s)
 	}
+	o.why("203.0.113.66", "pass", "nothing is enforced: cleanup removed the table until the agent is restarted; would be enforced")
 	o.ask(Order{Verb: "pause", For: time.Hour}, "the table is removed")
 	o.restart()
 	o.answer(true, o.bans()...)

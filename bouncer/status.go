@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"net/url"
 	"slices"
 	"time"
 
@@ -27,14 +28,18 @@ type Status struct {
 	Kernel Kernel     `json:"kernel"`
 	// Decisions are all live ones on addresses, enforced here or not.
 	Decisions []Count `json:"decisions"`
-	Skipped   Skipped `json:"skipped,omitempty"`
-	Dropped   []Drop  `json:"dropped"`
+	// Locks are those of the configuration, with the packets that met them.
+	Locks   []LockStatus `json:"locks,omitempty"`
+	Skipped Skipped      `json:"skipped,omitempty"`
+	Dropped []Drop       `json:"dropped"`
 	// Protected is what no decision stops, Covered are decisions that would.
 	Protected []Protected `json:"protected"`
 	Covered   []Covered   `json:"covered"`
 	// Bypasses may carry packets past the bans.
 	Bypasses []nft.Bypass   `json:"bypasses,omitempty"`
 	Snapshot SnapshotStatus `json:"snapshot"`
+	// Unserved says which addresses could not be taken yet, and why.
+	Unserved []string `json:"unserved,omitempty"`
 }
 
 // Skipped counts rows of LAPI that made no sense, by reason.
@@ -45,8 +50,19 @@ type LAPIStatus struct {
 	URL          string    `json:"url"`
 	LastPull     time.Time `json:"lastPull,omitzero"`
 	LastFullPull time.Time `json:"lastFullPull,omitzero"`
-	// Answering is false where no pull has come in for three intervals.
+	// Answering says that the last pull came in, within three intervals.
 	Answering bool `json:"answering"`
+	// Error is how the last pull failed, and Failing since when they all do.
+	Error   string    `json:"error,omitempty"`
+	Failing time.Time `json:"failing,omitzero"`
+}
+
+// LockStatus is a lock and what it dropped; in observe mode, would have.
+type LockStatus struct {
+	Name    string   `json:"name"`
+	Ports   []uint16 `json:"ports"`
+	Packets uint64   `json:"packets"`
+	Bytes   uint64   `json:"bytes"`
 }
 
 // Kernel is what the kernel holds.
@@ -76,8 +92,9 @@ type Count struct {
 	Origin      string `json:"origin"`
 	Remediation string `json:"remediation"`
 	IPType      string `json:"ipType"`
-	Enforced    bool   `json:"enforced"`
-	Count       int    `json:"count"`
+	// Enforced says that they are for the kernel, whatever it does at present.
+	Enforced bool `json:"enforced"`
+	Count    int  `json:"count"`
 }
 
 // Drop is how many packets were dropped; in observe mode, would have been.
@@ -123,11 +140,19 @@ func (b *Bouncer) tally() []Count {
 	return out
 }
 
+// Serves lets status show why an address is not served; missing returns nil once
+// it is.
+func (b *Bouncer) Serves(missing func() error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.serves = append(b.serves, missing)
+}
+
 // Status tells how everything stands.
 func (b *Bouncer) Status() Status {
 	report := b.enforcer.stands()
 	b.mu.Lock()
-	feed, saved, passing := b.feed, b.saved, b.passing
+	feed, saved, passing, serves := b.feed, b.saved, b.passing, b.serves
 	skipped := Skipped{}
 	for reason, n := range feed.Skipped {
 		skipped[reason] = n
@@ -137,7 +162,8 @@ func (b *Bouncer) Status() Status {
 		Version: Version, Mode: b.config.Mode, Since: b.began, Ready: "yes",
 		LAPI: LAPIStatus{
 			URL: b.config.LAPI.URL, LastPull: feed.Last, LastFullPull: feed.LastFull,
-			Answering: b.config.hasLAPI() && b.now().Sub(feed.Last) < 3*b.config.LAPI.Interval+b.config.LAPI.Timeout,
+			Answering: b.config.hasLAPI() && feed.Err == nil && b.now().Sub(feed.Last) < 3*b.config.LAPI.Interval+b.config.LAPI.Timeout,
+			Failing:   feed.Failing,
 		},
 		Lists:     b.listStatus(),
 		Kernel:    kernelOf(report.Have),
@@ -154,6 +180,17 @@ func (b *Bouncer) Status() Status {
 	if err := b.Ready(); err != nil {
 		s.Ready = err.Error()
 	}
+	if feed.Err != nil {
+		s.LAPI.Error = feed.Err.Error()
+		if asked := (*url.Error)(nil); errors.As(feed.Err, &asked) {
+			s.LAPI.Error = asked.Err.Error() // the URL is shown beside it
+		}
+	}
+	for _, missing := range serves {
+		if err := missing(); err != nil {
+			s.Unserved = append(s.Unserved, err.Error())
+		}
+	}
 	k := &s.Kernel
 	k.Looked, k.Installs, k.Updates, k.Failures = report.Looked, report.Installs, report.Updates, report.Failures
 	k.Repairs, k.Interference = report.Repairs, report.Interference
@@ -168,7 +205,23 @@ func (b *Bouncer) Status() Status {
 		k.Error = err.Error()
 	}
 	s.Dropped = dropsOf(counters)
+	s.Locks = b.lockStatus(counters)
 	return s
+}
+
+func (b *Bouncer) lockStatus(counters []nft.Counter) []LockStatus {
+	var out []LockStatus
+	for _, l := range b.config.nft().Locks {
+		s := LockStatus{Name: l.Name, Ports: l.Ports}
+		for _, c := range counters {
+			if c.Kind == nft.Locked && c.Name == l.Name {
+				s.Packets += c.Packets
+				s.Bytes += c.Bytes
+			}
+		}
+		out = append(out, s)
+	}
+	return out
 }
 
 func dropsOf(counters []nft.Counter) []Drop {
@@ -204,6 +257,16 @@ type Why struct {
 	Decisions []Holder `json:"decisions"`
 	// Kernel is what the kernel holds, nil where it holds nothing.
 	Kernel *Held `json:"kernel,omitempty"`
+	// Locks are those that do not let the address in.
+	Locks []Locked `json:"locks,omitempty"`
+}
+
+// Locked is a lock that an address meets.
+type Locked struct {
+	Name  string   `json:"name"`
+	Ports []uint16 `json:"ports"`
+	// Closed is false in observe mode, where a lock counts only.
+	Closed bool `json:"closed"`
 }
 
 // Holder is a live decision that holds the address.
@@ -215,7 +278,9 @@ type Holder struct {
 	Origin      string       `json:"origin"`
 	Scenario    string       `json:"scenario"`
 	Until       time.Time    `json:"until,omitzero"` // zero: as long as its list names it
-	Enforced    bool         `json:"enforced"`
+	// List names the file list that the decision is of, if it is of one.
+	List     string `json:"list,omitempty"`
+	Enforced bool   `json:"enforced"`
 	// Because says why it is not enforced here.
 	Because string `json:"because,omitempty"`
 }
@@ -237,11 +302,23 @@ func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
 	if r.guarded.holds(single(addr)) {
 		w.Protected = whyProtected(r.protected, single(addr))
 	}
-	w.Waived = b.enforcer.orders.Load().why(addr, now)
+	orders := b.enforcer.orders.Load()
+	w.Waived = orders.why(addr, now)
+	// Not enforced at present, though for the kernel.
+	stands := b.enforcer.stands()
+	idle := ""
+	switch {
+	case stands.StoodDown:
+		idle = "would be enforced: the agent stood down after cleanup"
+	case b.config.Mode == Observe && (w.Waived == "" || orders.pauses(addr, now)):
+		idle = "would be enforced: the mode is observe"
+	case orders.pauses(addr, now):
+		idle = "would be enforced: " + w.Waived
+	}
 	private := r.private.holds(single(addr))
 	fallback, _ := decision.ParseFallback(string(b.config.Decisions.Fallback))
 	every := decision.NewView(r.table, decision.Policy{Fallback: fallback})
-	banned, lasts := false, false
+	banned, lasts, refused := false, false, false
 	for _, v := range every.Holders(r.table, addr, now) {
 		class := decision.Class{Type: v.Type, Origin: v.Origin, Scenario: v.Scenario, Remediation: v.Remediation}
 		h := Holder{ID: v.ID, Prefix: v.Prefix, Remediation: v.Remediation.Name(), Type: v.Type, Origin: originOf(class), Scenario: v.Scenario, Until: v.Until}
@@ -249,13 +326,28 @@ func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
 		if !v.Until.Before(decision.Forever) {
 			h.Until = time.Time{}
 		}
+		if v.ID >= decision.FirstLocal {
+			h.List = v.Scenario
+		}
+		asked := false // at /v1/auth alone
+		if !h.Enforced && b.config.Auth.Listen.IsValid() {
+			asked, _ = b.config.counts(class, b.config.Auth.Remediations)
+		}
 		switch {
 		case w.Protected != "":
 			h.Enforced, h.Because = false, "the address is protected"
-		case h.Enforced && private && foreign(v.Origin):
+		case (h.Enforced || asked) && private && foreign(v.Origin):
 			h.Enforced, h.Because = false, "the address is private, and the decision was made elsewhere"
-		case h.Enforced && w.Waived != "":
+		case h.Enforced && idle != "":
+			banned = banned || w.Waived == ""
+			h.Enforced, h.Because = false, idle
+		case (h.Enforced || asked) && w.Waived != "":
 			h.Enforced, h.Because = false, "waived: "+w.Waived
+		case asked && b.config.Mode == Observe:
+			h.Because = "left by the kernel, would be refused by " + AuthPath + ": the mode is observe"
+		case asked:
+			refused = true
+			h.Because = "left by the kernel, refused by " + AuthPath
 		}
 		banned = banned || h.Enforced
 		lasts = lasts || h.Enforced && h.Until.IsZero()
@@ -276,10 +368,29 @@ func (b *Bouncer) Why(addr netip.Addr) (Why, error) {
 		w.Kernel = &Held{From: f.From, To: f.To, Class: f.Name, Left: left}
 	}
 	w.Verdict, w.Says = verdict(w, banned, b.config.Mode)
-	if w.Verdict == "drop" && lasts {
+	switch {
+	case stands.StoodDown:
+		w.Verdict, w.Says = "pass", "nothing is enforced: cleanup removed the table until the agent is restarted"
+	case w.Verdict == "drop" && lasts:
 		w.Says = "its packets are dropped for as long as a list names it"
+	case w.Verdict == "pass" && refused && !banned:
+		w.Says = "the kernel leaves it alone, and " + AuthPath + " refuses it"
+	}
+	if w.Protected == "" && !stands.StoodDown && !orders.opens(addr, now) {
+		w.Locks = b.config.locked(addr)
 	}
 	return w, nil
+}
+
+// locked returns the locks that do not let addr in.
+func (c *Config) locked(addr netip.Addr) []Locked {
+	var out []Locked
+	for _, l := range c.nft().Locks {
+		if !slices.ContainsFunc(l.From, func(p netip.Prefix) bool { return p.Contains(addr) }) {
+			out = append(out, Locked{Name: l.Name, Ports: l.Ports, Closed: c.Mode == Enforce})
+		}
+	}
+	return out
 }
 
 func verdict(w Why, banned bool, mode Mode) (verdict, says string) {

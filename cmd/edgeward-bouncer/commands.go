@@ -1,12 +1,16 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/netip"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -15,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/edgeward/edgeward/bouncer"
+	"github.com/edgeward/edgeward/internal/config"
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/internal/nft"
 )
@@ -43,11 +48,11 @@ func commands() *cobra.Command {
 		Use: "check", Short: "Check the configuration, and change nothing", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := bouncer.Load(path)
+			if withProbe {
+				return probe(cmd.Context(), cmd.OutOrStdout(), format, &c, err, socket)
+			}
 			if err != nil {
 				return err
-			}
-			if withProbe {
-				return probe(cmd.Context(), cmd.OutOrStdout(), format, &c, socket)
 			}
 			return check(cmd.OutOrStdout(), path, &c, os.Getenv)
 		},
@@ -77,13 +82,10 @@ func commands() *cobra.Command {
 		&cobra.Command{
 			Use: "status", Short: "Show what the agent knows and the kernel holds", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
-				at, err := socketOf(socket, path)
-				if err != nil {
-					return err
-				}
+				at := askAt(cmd, socket, path)
 				s, err := bouncer.AskStatus(cmd.Context(), at)
 				if errors.Is(err, bouncer.ErrNoAgent) {
-					return kernelAlone(cmd.OutOrStdout(), format, err)
+					return kernelAlone(cmd.OutOrStdout(), format, path, noAgent(at, err))
 				}
 				if err != nil {
 					return err
@@ -92,19 +94,16 @@ func commands() *cobra.Command {
 			},
 		},
 		&cobra.Command{
-			Use: "why ADDR", Short: "Show what applies to an address, and why", Args: cobra.ExactArgs(1),
+			Use: "why ADDR", Short: "Show what applies to an address, and why", Args: one("address", "192.0.2.1"),
 			RunE: func(cmd *cobra.Command, args []string) error {
 				addr, err := netip.ParseAddr(args[0])
 				if err != nil {
 					return fmt.Errorf("%q: want an address such as 192.0.2.1 or 2001:db8::1", args[0])
 				}
-				at, err := socketOf(socket, path)
-				if err != nil {
-					return err
-				}
+				at := askAt(cmd, socket, path)
 				w, err := bouncer.AskWhy(cmd.Context(), at, addr)
 				if err != nil {
-					return err
+					return noAgent(at, err)
 				}
 				return show(cmd.OutOrStdout(), format, w, whyTable)
 			},
@@ -129,22 +128,74 @@ func check(w io.Writer, path string, c *bouncer.Config, getenv func(string) stri
 			fmt.Fprintf(w, "the list %s cannot be read as it is: %s\n", l.Name, l.Error)
 			continue
 		}
-		fmt.Fprintf(w, "the list %s has %d entries and %d lines that are none\n", l.Name, l.Entries, l.Unreadable)
+		fmt.Fprintf(w, "the list %s has %s and %s\n", l.Name, number(l.Entries, "entry", "entries"), number(l.Unreadable, "line that is none", "lines that are none"))
 	}
-	// Nobody is let through for being connected: but whoever configures a
-	// firewall from afar should think of it.
-	if from, _, _ := strings.Cut(getenv("SSH_CLIENT"), " "); from != "" {
-		addr, err := netip.ParseAddr(from)
-		named := false
-		for _, p := range c.Protect.Addresses {
-			named = named || p.Contains(addr.Unmap())
-		}
-		if err == nil && !named {
-			fmt.Fprintf(w, "you are connected from %v: add it to protect.addresses if no ban may ever shut you out\n", addr)
-		}
-	}
+	connected(w, c, getenv)
+	secrets(w, c)
 	bypasses(w, c)
 	return nil
+}
+
+// connected says what may shut out whoever is connected by SSH. Nobody is let
+// through for that: but whoever configures a firewall from afar should think of
+// it.
+func connected(w io.Writer, c *bouncer.Config, getenv func(string) string) {
+	// ADDRESS PORT PORT, or ADDRESS PORT ADDRESS PORT; ours is the last.
+	fields := strings.Fields(getenv("SSH_CLIENT"))
+	if len(fields) == 0 {
+		fields = strings.Fields(getenv("SSH_CONNECTION"))
+	}
+	if len(fields) == 0 {
+		return
+	}
+	addr, err := netip.ParseAddr(fields[0])
+	if err != nil {
+		return
+	}
+	addr = addr.Unmap().WithZone("")
+	holds := func(p netip.Prefix) bool { return p.Contains(addr) }
+	if slices.ContainsFunc(c.Protect.Addresses, holds) {
+		return
+	}
+	fmt.Fprintf(w, "you are connected from %v: add it to protect.addresses if no ban may ever shut you out\n", addr)
+	port, err := strconv.ParseUint(fields[len(fields)-1], 10, 16)
+	if err != nil || len(fields) < 3 {
+		port = 22
+	}
+	for _, l := range c.Firewall.Locks {
+		opens := slices.ContainsFunc(l.From, func(s bouncer.Source) bool { return slices.ContainsFunc(s.Prefixes, holds) })
+		if !opens && slices.Contains(l.Ports, config.Port(port)) {
+			fmt.Fprintf(w, "you are connected from %v, and the lock %s closes port %d to it: put it in its from or in protect.addresses\n", addr, l.Name, port)
+		}
+	}
+}
+
+// secrets says which files cannot be what they should be: no agent fails to start
+// for them, because they are read again at each pull.
+func secrets(w io.Writer, c *bouncer.Config) {
+	for _, path := range []config.File{c.LAPI.KeyFile, c.LAPI.TLS.KeyFile} {
+		if path == "" {
+			continue
+		}
+		makes := ""
+		if path == c.LAPI.KeyFile {
+			makes = ": cscli bouncers add NAME -o raw makes a key, which belongs there"
+		}
+		text, err := os.ReadFile(string(path))
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			fmt.Fprintf(w, "%s is missing%s\n", path, makes)
+			continue
+		case err != nil:
+			fmt.Fprintf(w, "%s cannot be read: %v\n", path, err)
+			continue
+		case len(bytes.TrimSpace(text)) == 0:
+			fmt.Fprintf(w, "%s is empty%s\n", path, makes)
+		}
+		if info, err := os.Stat(string(path)); err == nil && info.Mode().Perm()&0o004 != 0 {
+			fmt.Fprintf(w, "others on this machine can read %s: chmod 600 it\n", path)
+		}
+	}
 }
 
 // bypasses says what on this machine may carry packets past the bans.
@@ -163,9 +214,28 @@ func bypasses(w io.Writer, c *bouncer.Config) {
 	}
 }
 
+// alone is what can be told where no agent runs.
+type alone struct {
+	Agent  bool `json:"agent"` // false
+	Kernel struct {
+		Enforcing bool `json:"enforcing"`
+		// Mode is enforce or observe, empty where other rules are in force than
+		// the configuration asks for.
+		Mode       bouncer.Mode `json:"mode,omitempty"`
+		Owner      bool         `json:"owner"`
+		Persist    bool         `json:"persist"`
+		Generation uint32       `json:"generation"`
+		Bans4      int          `json:"bans4"`
+		Bans6      int          `json:"bans6"`
+		Ranges4    int          `json:"ranges4"`
+		Ranges6    int          `json:"ranges6"`
+	} `json:"kernel"`
+}
+
 // kernelAlone shows what the kernel enforces where no agent runs, and fails with
-// the reason why the agent did not answer.
-func kernelAlone(w io.Writer, format string, reason error) error {
+// the reason why the agent did not answer. path is the configuration's, which
+// tells rules that drop from rules that count.
+func kernelAlone(w io.Writer, format, path string, reason error) error {
 	conn, err := nft.Open(nft.Options{ReadOnly: true})
 	if err != nil {
 		return errors.Join(reason, fmt.Errorf("read what the kernel holds: %w", err))
@@ -175,17 +245,33 @@ func kernelAlone(w io.Writer, format string, reason error) error {
 	if err != nil {
 		return errors.Join(reason, fmt.Errorf("read what the kernel holds: %w", err))
 	}
-	if err := show(w, format, have, func(w io.Writer, h nft.Have) {
-		if !h.Enforcing {
-			fmt.Fprintln(w, "no agent runs, and the kernel enforces nothing")
-			return
-		}
-		fmt.Fprintf(w, "no agent runs; the kernel enforces %d banned addresses and %d ranges until each of them ends,\nbut for what an allow, an unban or a pause lets pass until its own end\n",
-			h.Bans4+h.Bans6, h.Nets4+h.Nets6)
-	}); err != nil {
+	a := alone{}
+	k := &a.Kernel
+	k.Enforcing, k.Owner, k.Persist, k.Generation = have.Enforcing, have.Owner, have.Persist, have.Generation
+	k.Bans4, k.Bans6, k.Ranges4, k.Ranges6 = have.Bans4, have.Bans6, have.Nets4, have.Nets6
+	if c, err := bouncer.Load(path); err == nil {
+		k.Mode = c.ModeOf(have.Layout)
+	}
+	if err := show(w, format, a, aloneTable); err != nil {
 		return err
 	}
 	return reason
+}
+
+func aloneTable(w io.Writer, a alone) {
+	k := a.Kernel
+	what := elements(k.Bans4, k.Bans6, "banned address", "banned addresses") + " and " + elements(k.Ranges4, k.Ranges6, "range", "ranges")
+	const lasts = "until each of them ends,\nbut for what an allow, an unban or a pause lets pass until its own end"
+	switch {
+	case !k.Enforcing:
+		fmt.Fprintln(w, "no agent runs, and the kernel enforces nothing")
+	case k.Mode == bouncer.Enforce:
+		fmt.Fprintf(w, "no agent runs; the kernel enforces %s %s\n", what, lasts)
+	case k.Mode == bouncer.Observe:
+		fmt.Fprintf(w, "no agent runs; the kernel counts the packets of %s and drops nothing\n", what)
+	default:
+		fmt.Fprintf(w, "no agent runs; the kernel holds %s %s;\nits rules are of another configuration or release: nft list table inet edgeward shows whether they drop or count\n", what, lasts)
+	}
 }
 
 // show writes a value in the chosen form.
@@ -208,7 +294,11 @@ func show[T any](w io.Writer, format string, value T, table func(io.Writer, T)) 
 
 func statusTable(w io.Writer, s bouncer.Status) {
 	line := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
-	line("ready", "%s", s.Ready)
+	if s.Ready == "yes" {
+		line("ready", "yes")
+	} else {
+		line("ready", "no: %s", s.Ready)
+	}
 	line("mode", "%s", s.Mode)
 	if p := s.Orders.Pause; p != nil {
 		line("paused", "%s", asked(*p))
@@ -220,41 +310,72 @@ func statusTable(w io.Writer, s bouncer.Status) {
 		line("unbanned", "%v %s", u.Address, asked(u.Asked))
 	}
 	lapi := "answering"
-	if !s.LAPI.Answering {
+	switch {
+	case s.LAPI.Error != "":
+		lapi = fmt.Sprintf("failing since %s: %s", moment(s.LAPI.Failing), s.LAPI.Error)
+	case !s.LAPI.Answering:
 		lapi = "not answering"
 	}
 	if s.LAPI.URL != "" {
-		line("lapi", "%s, %s, last pull %s", s.LAPI.URL, lapi, ago(s.LAPI.LastPull))
+		line("lapi", "%s, last pull %s, %s", s.LAPI.URL, ago(s.LAPI.LastPull), lapi)
 	}
 	for _, l := range s.Lists {
-		line("list", "%s, %d entries, %d unreadable lines, read %s", l.Name, l.Entries, l.Unreadable, ago(l.Read))
-		if l.Error != "" {
+		line("list", "%s, %s, %s, read %s", l.Name, number(l.Entries, "entry", "entries"), number(l.Unreadable, "unreadable line", "unreadable lines"), ago(l.Read))
+		switch {
+		case l.Error != "" && l.Entries == 0:
+			line("warning", "the list %s holds nothing yet: %s", l.Name, l.Error)
+		case l.Error != "":
 			line("warning", "the list %s counts as it was: %s", l.Name, l.Error)
 		}
+	}
+	dropped := "dropped"
+	if s.Mode == bouncer.Observe {
+		dropped = "would be dropped"
+	}
+	for _, l := range s.Locks {
+		line("lock", "%s: %s; %s %s", l.Name, ports(l.Ports), number(int(l.Packets), "packet", "packets"), dropped)
 	}
 	k := s.Kernel
 	held := "shared with others"
 	if k.Owner {
 		held = "owned by the agent"
 	}
-	line("kernel", "generation %d, %s, %d addresses, %d ranges, looked at %s", k.Generation, held,
-		k.Bans4+k.Bans6, k.Ranges4+k.Ranges6, ago(k.Looked))
+	switch {
+	case s.StoodDown:
+		line("kernel", "no table: cleanup removed it")
+	case !k.Enforcing:
+		line("kernel", "no table yet, looked at %s", ago(k.Looked))
+	default:
+		line("kernel", "generation %d, %s, %s, %s, looked at %s", k.Generation, held,
+			elements(k.Bans4, k.Bans6, "address", "addresses"), elements(k.Ranges4, k.Ranges6, "range", "ranges"), ago(k.Looked))
+	}
 	if k.Interference > 0 {
-		line("interference", "%d times, repaired %d times", k.Interference, k.Repairs)
+		line("interference", "%s, repaired %s", number(int(k.Interference), "time", "times"), number(int(k.Repairs), "time", "times"))
 	}
 	if k.Error != "" {
 		line("error", "%s", k.Error)
 	}
-	line("protected", "%d addresses and ranges", len(s.Protected))
+	for _, u := range s.Unserved {
+		line("warning", "not served yet: %s", u)
+	}
+	line("protected", "%s", number(len(s.Protected), "address or range", "addresses and ranges"))
 	for _, p := range s.Bypasses {
 		line("warning", "%s %s: %s", p.Kind, p.Name, bouncer.Means(p))
 	}
 	for _, c := range s.Covered {
+		if strings.HasPrefix(c.Origin, "lists:") {
+			line("note", "%v (%s) names protected addresses, which stay reachable: %s", c.Prefix, c.Origin, c.Protects)
+			continue
+		}
 		line("warning", "%v (%s, %s) covers %s, which stays reachable", c.Prefix, c.Origin, c.Scenario, c.Protects)
 	}
-	fmt.Fprintf(w, "\nORIGIN\tREMEDIATION\tFAMILY\tDECISIONS\tENFORCED HERE\n")
+	fmt.Fprintf(w, "\nORIGIN\tREMEDIATION\tFAMILY\tDECISIONS\tFOR THE KERNEL\n")
 	for _, d := range s.Decisions {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%v\n", d.Origin, d.Remediation, d.IPType, d.Count, d.Enforced)
+		kernel := "no"
+		if d.Enforced {
+			kernel = "yes"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\n", d.Origin, d.Remediation, d.IPType, d.Count, kernel)
 	}
 	what := "DROPPED"
 	if s.Mode == bouncer.Observe {
@@ -270,7 +391,7 @@ func statusTable(w io.Writer, s bouncer.Status) {
 
 // asked says until when an order is in force, who gave it, and why.
 func asked(a bouncer.Asked) string {
-	says := fmt.Sprintf("until %s, by %s", a.Until.Format(time.DateTime), a.By)
+	says := fmt.Sprintf("%s, by %s", a.Lasts(), a.By)
 	if a.Because != "" {
 		says += ", because: " + a.Because
 	}
@@ -278,17 +399,32 @@ func asked(a bouncer.Asked) string {
 }
 
 func whyTable(w io.Writer, y bouncer.Why) {
-	fmt.Fprintf(w, "%v: %s: %s\n", y.Address, y.Verdict, y.Says)
+	verdict := y.Verdict
+	if slices.ContainsFunc(y.Locks, func(l bouncer.Locked) bool { return l.Closed }) && verdict == "pass" {
+		verdict = "pass, but for locked ports"
+	}
+	fmt.Fprintf(w, "%v: %s: %s\n", y.Address, verdict, y.Says)
+	for _, l := range y.Locks {
+		are := "are closed to it"
+		if !l.Closed {
+			are = "would be closed to it: the mode is observe"
+		}
+		fmt.Fprintf(w, "lock %s: %s %s\n", l.Name, ports(l.Ports), are)
+	}
 	for _, d := range y.Decisions {
 		because := "enforced here"
 		if !d.Enforced {
 			because = d.Because
 		}
-		until := "until " + d.Until.Format(time.DateTime)
+		until := "until " + moment(d.Until)
 		if d.Until.IsZero() {
 			until = "as long as listed"
 		}
-		fmt.Fprintf(w, "decision %d\t%v\t%s\t%s\t%s\t%s\t%s\n", d.ID, d.Prefix, d.Remediation, d.Origin, d.Scenario, until, because)
+		name := fmt.Sprintf("decision %d", d.ID)
+		if d.List != "" {
+			name = "list " + d.List
+		}
+		fmt.Fprintf(w, "%s\t%v\t%s\t%s\t%s\t%s\t%s\n", name, d.Prefix, d.Remediation, d.Origin, d.Scenario, until, because)
 	}
 	if k := y.Kernel; k != nil {
 		what := k.From.String()
@@ -304,4 +440,45 @@ func ago(t time.Time) string {
 		return "never"
 	}
 	return time.Since(t).Round(time.Second).String() + " ago"
+}
+
+// moment writes a time for people.
+func moment(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 MST") }
+
+// number writes a number of things.
+func number(n int, one, many string) string {
+	if n == 1 {
+		many = one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
+
+// elements writes how many the kernel holds of both families, where it tells.
+func elements(four, six int, one, many string) string {
+	if four < 0 || six < 0 {
+		return "an unknown number of " + many
+	}
+	return number(four+six, one, many)
+}
+
+// ports writes the ports of a lock.
+func ports(list []uint16) string {
+	var texts []string
+	for _, p := range list {
+		texts = append(texts, strconv.Itoa(int(p)))
+	}
+	if len(texts) == 1 {
+		return "port " + texts[0]
+	}
+	return "ports " + strings.Join(texts, ", ")
+}
+
+// one demands a single argument, and shows what it may look like.
+func one(what, example string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return fmt.Errorf("%s: want one %s, such as: %s %s", cmd.Name(), what, cmd.CommandPath(), example)
+		}
+		return nil
+	}
 }

@@ -21,7 +21,9 @@ func follow(c bouncer.Config, b *bouncer.Bouncer, start time.Time, log *slog.Log
 	if err != nil {
 		return nil, err
 	}
-	return []daemon.Task{stream{from.Stream([]string{"ip", "range"}, b.Sink(), log)}, from.Usage(start, b.Totals)}, nil
+	decisions := from.Stream([]string{"ip", "range"}, b.Sink(), log)
+	decisions.Ended = b.Pulled
+	return []daemon.Task{stream{decisions}, from.Usage(start, b.Totals)}, nil
 }
 
 // stream is LAPI's decision stream as a task.

@@ -75,18 +75,16 @@ func run(ctx context.Context, c bouncer.Config) error {
 	}
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(b.Collector(), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	server, err := daemon.Listen(c.Listen, daemon.Endpoints{
+	// Bans matter more than questions about them: an address that another program
+	// has is waited for.
+	server := daemon.Listen(c.Listen, daemon.Endpoints{
 		Metrics: metrics, Ready: b.Ready, Status: func() any { return b.Status() }, Log: log,
 	})
-	if err != nil {
-		return err
-	}
+	b.Serves(server.Missing)
 	tasks := append([]daemon.Task{b, server}, fed...)
 	if c.Auth.Listen.IsValid() {
-		auth, err := daemon.ListenFor(c.Auth.Listen, "auth endpoint", b.Auth(), log)
-		if err != nil {
-			return err
-		}
+		auth := daemon.ListenFor(c.Auth.Listen, "auth endpoint", b.Auth(), b.Admits, log)
+		b.Serves(auth.Missing)
 		tasks = append(tasks, auth)
 	}
 	if c.Socket != "" {

@@ -34,6 +34,9 @@ func TestExamplesAreAccepted(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if c.Mode != bouncer.Observe { // the first day
+			t.Errorf("%s: mode %s", name, c.Mode)
+		}
 		var out bytes.Buffer
 		if err := check(&out, name, &c, func(string) string { return "198.51.100.4 1 22" }); err != nil {
 			t.Error(err)
@@ -126,7 +129,8 @@ func TestManifestAsksForNoMore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, line := range []string{"CapabilityBoundingSet=CAP_NET_ADMIN", "NoNewPrivileges=yes", "ProtectSystem=strict", "StateDirectory=edgeward", "RuntimeDirectory=edgeward"} {
+	for _, line := range []string{"Before=network-pre.target shutdown.target", "Wants=network-pre.target", "DefaultDependencies=no", "StartLimitIntervalSec=0",
+		"SystemCallFilter=@system-service", "ProtectKernelTunables=yes", "RestrictSUIDSGID=yes", "UMask=0077", "LimitCORE=0", "CapabilityBoundingSet=CAP_NET_ADMIN", "NoNewPrivileges=yes", "ProtectSystem=strict", "StateDirectory=edgeward", "RuntimeDirectory=edgeward"} {
 		if !strings.Contains(string(unit), "\n"+line+"\n") {
 			t.Errorf("the unit does not say %s", line)
 		}

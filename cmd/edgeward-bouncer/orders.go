@@ -32,6 +32,27 @@ func socketOf(named, path string) (socket string, why error) {
 	return c.Socket, nil
 }
 
+// askAt is socketOf for who only asks; where the configuration cannot be read, a
+// warning says so.
+func askAt(cmd *cobra.Command, named, path string) string {
+	socket, why := socketOf(named, path)
+	if why != nil {
+		fmt.Fprintf(cmd.ErrOrStderr(), "warning: asking at %s, because the configuration cannot be used: %v\n", socket, why)
+	}
+	return socket
+}
+
+// noAgent says what to do where no agent answers at socket.
+func noAgent(socket string, err error) error {
+	switch {
+	case !errors.Is(err, bouncer.ErrNoAgent):
+		return err
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w: only root may ask the agent at %s: use sudo", bouncer.ErrNoAgent, socket)
+	}
+	return fmt.Errorf("%w at %s: is it running? (systemctl status edgeward-bouncer)", bouncer.ErrNoAgent, socket)
+}
+
 // orders are the verbs that change what the node enforces, for a time. named and
 // path are where the flags --socket and --config are kept.
 func orders(named, path, format *string) []*cobra.Command {
@@ -41,7 +62,7 @@ func orders(named, path, format *string) []*cobra.Command {
 		socket, why := socketOf(*named, *path)
 		answer, err := bouncer.Ask(cmd.Context(), socket, o)
 		if errors.Is(err, bouncer.ErrNoAgent) {
-			return errors.Join(err, why)
+			return errors.Join(noAgent(socket, err), why)
 		}
 		if err != nil {
 			return err
@@ -49,7 +70,7 @@ func orders(named, path, format *string) []*cobra.Command {
 		return show(cmd.OutOrStdout(), *format, answer, answerTable)
 	}
 	allow := &cobra.Command{
-		Use: "allow ADDR|RANGE --for 1h", Short: "Let no ban stop an address or range on this node, for a time", Args: cobra.ExactArgs(1),
+		Use: "allow ADDR|RANGE --for 1h", Short: "Let no ban stop an address or range on this node, for a time", Args: one("address or range", "192.0.2.1 --for 1h"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			o.Verb, o.Address = "allow", args[0]
 			if !o.End && duration == "" {
@@ -65,7 +86,7 @@ func orders(named, path, format *string) []*cobra.Command {
 	}
 	allow.Flags().StringVar(&duration, "for", "", "how long, such as 90s, 10m or 72h, at most 720h")
 	unban := &cobra.Command{
-		Use: "unban ADDR", Short: "Let the decisions that hold an address count no more for it on this node", Args: cobra.ExactArgs(1),
+		Use: "unban ADDR", Short: "Let the decisions that hold an address count no more for it on this node", Args: one("address", "192.0.2.1"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			addr, err := netip.ParseAddr(args[0])
 			if err != nil {
@@ -76,7 +97,7 @@ func orders(named, path, format *string) []*cobra.Command {
 		},
 	}
 	pause := &cobra.Command{
-		Use: "pause D", Short: "Drop nothing for a time, such as 10m, at most 24h; 0 ends a pause", Args: cobra.ExactArgs(1),
+		Use: "pause D", Short: "Drop nothing for a time, such as 10m, at most 24h; 0 ends a pause", Args: one("duration", "10m"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			o.Verb = "pause"
 			if o.For, err = parseDuration(args[0]); err != nil {
@@ -147,18 +168,26 @@ func cleanup(ctx context.Context, w io.Writer, socket string, why error) error {
 	return nil
 }
 
-// probe proves by packets that the node drops, or says why it does not.
-func probe(ctx context.Context, w io.Writer, format string, c *bouncer.Config, socket string) error {
+// probe proves by packets that the node drops, or says why it does not. As orders
+// do, it goes by the defaults where the configuration cannot be read, and why says
+// so: beside an agent in a pod the node has none.
+func probe(ctx context.Context, w io.Writer, format string, c *bouncer.Config, why error, socket string) error {
+	if why != nil {
+		*c = bouncer.Defaults()
+	}
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if socket == "" {
 		socket = c.Socket
 	}
 	p, err := bouncer.RunProbe(ctx, c, socket)
+	if errors.Is(err, bouncer.ErrNoAgent) {
+		return errors.Join(fmt.Errorf("probe: %w", noAgent(socket, err)), why)
+	}
 	if len(p.Families) > 0 {
 		err = errors.Join(show(w, format, p, func(w io.Writer, p bouncer.Probe) {
 			for _, f := range p.Families {
-				fmt.Fprintf(w, "probe\t%s\t%s\t%d packets met the ban\n", f.IPType, f.Says, f.Counted)
+				fmt.Fprintf(w, "probe\t%s\t%s\t%s met the ban\n", f.IPType, f.Says, number(int(f.Counted), "packet", "packets"))
 			}
 			if p.Drops {
 				fmt.Fprintln(w, "this node drops what is banned")

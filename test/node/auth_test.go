@@ -86,10 +86,10 @@ func TestProxiesAskTheNode(t *testing.T) {
 	if why := w.mustCLI("why", bad6.String()); !strings.Contains(why, "lists") || !strings.Contains(why, "as long as listed") {
 		t.Error(why)
 	}
-	if status := w.mustCLI("status"); !strings.Contains(status, "mine, 1 entries, 1 unreadable lines") {
+	if status := w.mustCLI("status"); !strings.Contains(status, "mine, 1 entry, 1 unreadable line,") {
 		t.Error(status)
 	}
-	for _, want := range []string{`"msg":"request refused"`, `"address":"` + bad4.String() + `"`, `"origin":"lists:mine"`, `line 2: \"nonsense\"`} {
+	for _, want := range []string{`"msg":"request refused"`, `"address":"` + bad4.String() + `"`, `"origin":"lists:mine"`, `line 2: neither an address nor a range`} {
 		if !strings.Contains(strings.ReplaceAll(a.logged(), `\\`, `\`), want) {
 			t.Errorf("the log does not say %s", want)
 		}

@@ -482,7 +482,7 @@ func TestCleanup(t *testing.T) {
 	if w.passes(bad4) {
 		t.Error("an agent that ended took protection with it")
 	}
-	if out, err := w.cli("status"); err == nil || !strings.Contains(out, "the kernel enforces 1 banned addresses") {
+	if out, err := w.cli("status"); err == nil || !strings.Contains(out, "the kernel enforces 1 banned address ") {
 		t.Errorf("status without an agent: %q %v", out, err)
 	}
 	w.mustCLI("check")
