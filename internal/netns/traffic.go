@@ -150,7 +150,8 @@ type Blaster struct {
 	sent int
 }
 
-// Blast starts a Blaster. The sources have to be the namespace's own.
+// Blast starts a Blaster, and returns when the first datagram is on its way. The
+// sources have to be the namespace's own.
 func (ns *NS) Blast(to netip.AddrPort, sources ...netip.Addr) *Blaster {
 	ns.t.Helper()
 	conns := make([]*net.UDPConn, len(sources))
@@ -170,7 +171,10 @@ func (ns *NS) Blast(to netip.AddrPort, sources ...netip.Addr) *Blaster {
 			c.Close()
 		}
 	})
+	begun := make(chan struct{})
+	begin := sync.OnceFunc(func() { close(begun) })
 	go func() {
+		defer begin()
 		var payload [18]byte // the smallest that fills a frame
 		for {
 			for _, c := range conns {
@@ -189,9 +193,11 @@ func (ns *NS) Blast(to netip.AddrPort, sources ...netip.Addr) *Blaster {
 					return
 				}
 				b.sent++
+				begin()
 			}
 		}
 	}()
+	<-begun
 	return b
 }
 
