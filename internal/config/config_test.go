@@ -215,6 +215,12 @@ func TestProblems(t *testing.T) {
 			`4:9: labels: want keys and values, have a list`,
 			`6:3: name: want a text, have keys and values`,
 		}},
+		{"texts that want quotes", "{lapi: {url: x},\nallow: [127.0.0.1:80, {a: b}],\nname: {a:1}}\n", []string{
+			`2:9: allow[0]: want a single value, have keys and values: put it in quotes, "127.0.0.1:80"`,
+			`2:23: allow[1]: want a single value, have keys and values`,
+			`3:7: name: want a text, have keys and values: put it in quotes, "a:1"`,
+		}},
+		{"brackets that want quotes", "{allow: [[::1]:80]}\n", []string{`1:11: not YAML: found an invalid key for this map: put a text that has colons or brackets in quotes`}},
 		{"a list for a file", "- a\n- b\n", []string{"1:1: want keys and values, have a list", "1:1: lapi.url: is missing: give LAPI's address"}},
 		{"numbers", "lapi: {url: x}\nhooks:\n  - {name: a, priority: 128}\n  - {name: b, priority: 1.5}\n  - {name: c, priority: \"7\"}\nmark: -1\nratio: high\nlimit: {rate: 010}\n", []string{
 			`3:25: hooks[0].priority: "128": want a whole number from -128 to 127`,

@@ -56,6 +56,9 @@ func (c *Check) read(text []byte, dst reflect.Value) {
 		if strings.Contains(says, "'\t'") {
 			says = "a tab: YAML indents with spaces"
 		}
+		if strings.Contains(says, "invalid key for this map") {
+			says += ": put a text that has colons or brackets in quotes"
+		}
 		unreadable(at, "not YAML: %s", says)
 		return
 	}
@@ -184,7 +187,7 @@ func (c *Check) decode(node ast.Node, dst reflect.Value, key string) {
 	if readsText(dst.Type()) {
 		text, ok := textOf(node)
 		if !ok {
-			c.problem(at, key, "want a single value, have %s", kindOf(node))
+			c.problem(at, key, "want a single value, have %s%s", kindOf(node), unquoted(node))
 			return
 		}
 		if err := setText(dst, text); err != nil {
@@ -304,7 +307,7 @@ func (c *Check) decodeScalar(node ast.Node, dst reflect.Value, key string) {
 		if single {
 			c.problem(at, key, "%s: want %s", quoted(text), want)
 		} else {
-			c.problem(at, key, "want %s, have %s", want, kindOf(node))
+			c.problem(at, key, "want %s, have %s%s", want, kindOf(node), unquoted(node))
 		}
 	}
 	// 010 is 8 to some readers of YAML and 10 to others.
@@ -432,6 +435,24 @@ func kindOf(node ast.Node) string {
 		return quoted(text)
 	}
 	return "something else"
+}
+
+// unquoted is a hint for a text that YAML takes for a key and its value, as it
+// does with [127.0.0.1:80]; empty where node can be none.
+func unquoted(node ast.Node) string {
+	mapping, ok := node.(ast.MapNode)
+	if !ok {
+		return ""
+	}
+	for i := mapping.MapRange(); i.Next(); {
+		colon := i.KeyValue().Start
+		name, single := textOf(i.KeyValue().Key)
+		value, alone := textOf(i.KeyValue().Value)
+		if single && alone && colon.Next != nil && colon.Next.Position.Offset == colon.Position.Offset+1 {
+			return ": put it in quotes, " + quoted(name+":"+value)
+		}
+	}
+	return ""
 }
 
 // quoted is a value for a message, short and in one line.
