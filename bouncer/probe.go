@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -14,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/internal/decision"
 	"github.com/edgeward/edgeward/internal/netns"
 	"github.com/edgeward/edgeward/internal/nft"
@@ -43,11 +43,11 @@ const (
 )
 
 // probe bans the test addresses for a few seconds, or lifts that.
-func (b *Bouncer) probe(r *http.Request, _ string) (Answer, error) {
+func (b *Bouncer) probe(q url.Values, _ string) (Answer, error) {
 	if err := b.Ready(); err != nil {
 		return Answer{}, fmt.Errorf("probe: %w", err)
 	}
-	if err := b.enforcer.probe(r.FormValue("end") == ""); err != nil {
+	if err := b.enforcer.probe(q.Get("end") == ""); err != nil {
 		return Answer{}, fmt.Errorf("probe: %w", err)
 	}
 	return Answer{Says: "done"}, nil
@@ -214,7 +214,7 @@ func askProbe(ctx context.Context, socket string, on bool) error {
 	if !on {
 		form.Set("end", "true")
 	}
-	return ask(ctx, socket, http.MethodPost, "/v1/probe", form, &Answer{})
+	return daemon.Order(ctx, socket, "/v1/probe", form, &Answer{})
 }
 
 // counted is how many packets met the test ban, by family.

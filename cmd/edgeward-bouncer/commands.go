@@ -84,7 +84,7 @@ func commands() *cobra.Command {
 			RunE: func(cmd *cobra.Command, _ []string) error {
 				at := askAt(cmd, socket, path)
 				s, err := bouncer.AskStatus(cmd.Context(), at)
-				if errors.Is(err, bouncer.ErrNoAgent) {
+				if errors.Is(err, daemon.ErrNotRunning) {
 					return kernelAlone(cmd.OutOrStdout(), format, path, noAgent(at, err))
 				}
 				if err != nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/edgeward/edgeward/bouncer"
+	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/internal/nft"
 )
 
@@ -45,12 +46,12 @@ func askAt(cmd *cobra.Command, named, path string) string {
 // noAgent says what to do where no agent answers at socket.
 func noAgent(socket string, err error) error {
 	switch {
-	case !errors.Is(err, bouncer.ErrNoAgent):
+	case !errors.Is(err, daemon.ErrNotRunning):
 		return err
 	case errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("%w: only root may ask the agent at %s: use sudo", bouncer.ErrNoAgent, socket)
+		return fmt.Errorf("%w: only root may ask the agent at %s: use sudo", daemon.ErrNotRunning, socket)
 	}
-	return fmt.Errorf("%w at %s: is it running? (systemctl status edgeward-bouncer)", bouncer.ErrNoAgent, socket)
+	return fmt.Errorf("%w at %s: is it running? (systemctl status edgeward-bouncer)", daemon.ErrNotRunning, socket)
 }
 
 // orders are the verbs that change what the node enforces, for a time. named and
@@ -61,7 +62,7 @@ func orders(named, path, format *string) []*cobra.Command {
 	give := func(cmd *cobra.Command) error {
 		socket, why := socketOf(*named, *path)
 		answer, err := bouncer.Ask(cmd.Context(), socket, o)
-		if errors.Is(err, bouncer.ErrNoAgent) {
+		if errors.Is(err, daemon.ErrNotRunning) {
 			return errors.Join(noAgent(socket, err), why)
 		}
 		if err != nil {
@@ -141,7 +142,7 @@ func cleanup(ctx context.Context, w io.Writer, socket string, why error) error {
 			answerTable(w, answer)
 			return nil
 		}
-		if !errors.Is(err, bouncer.ErrNoAgent) {
+		if !errors.Is(err, daemon.ErrNotRunning) {
 			return err
 		}
 	}
@@ -181,7 +182,7 @@ func probe(ctx context.Context, w io.Writer, format string, c *bouncer.Config, w
 		socket = c.Socket
 	}
 	p, err := bouncer.RunProbe(ctx, c, socket)
-	if errors.Is(err, bouncer.ErrNoAgent) {
+	if errors.Is(err, daemon.ErrNotRunning) {
 		return errors.Join(fmt.Errorf("probe: %w", noAgent(socket, err)), why)
 	}
 	if len(p.Families) > 0 {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/edgeward/edgeward/bouncer"
+	"github.com/edgeward/edgeward/internal/daemon"
 )
 
 // TestTables shows what operators read.
@@ -72,11 +73,11 @@ func TestTables(t *testing.T) {
 // TestNoAgentSaysWhatToDo: start it, or be root.
 func TestNoAgentSaysWhatToDo(t *testing.T) {
 	for want, why := range map[string]error{
-		"no agent answers at /s: is it running? (systemctl status edgeward-bouncer)": os.ErrNotExist,
-		"no agent answers: only root may ask the agent at /s: use sudo":              os.ErrPermission,
+		"nobody answers at /s: is it running? (systemctl status edgeward-bouncer)": os.ErrNotExist,
+		"nobody answers: only root may ask the agent at /s: use sudo":            os.ErrPermission,
 	} {
-		err := noAgent("/s", fmt.Errorf("ask: %w: %w", bouncer.ErrNoAgent, why))
-		if err.Error() != want || !errors.Is(err, bouncer.ErrNoAgent) {
+		err := noAgent("/s", fmt.Errorf("ask: %w: %w", daemon.ErrNotRunning, why))
+		if err.Error() != want || !errors.Is(err, daemon.ErrNotRunning) {
 			t.Errorf("%v, want %s", err, want)
 		}
 	}

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Socket answers the command line on a unix socket that the process's own user
@@ -26,16 +28,24 @@ type Socket struct {
 // Answers are what can be asked, by path: each returns what is shown as JSON.
 type Answers map[string]func(query url.Values) (any, error)
 
+// Orders are what can be ordered, by path: each is told who orders it, and
+// returns what is shown as JSON. Root and the process's own user alone may give
+// orders.
+type Orders map[string]func(query url.Values, by string) (any, error)
+
 // askTimeout is how long a question may take on the way in, and its answer on
-// the way out.
-const askTimeout = 10 * time.Second
+// the way out. An order may have to wait for all that came before it.
+const (
+	askTimeout   = 10 * time.Second
+	orderTimeout = time.Minute
+)
 
 // ErrNotRunning says that nobody answers at a socket.
 var ErrNotRunning = errors.New("nobody answers")
 
 // ListenSocket takes the socket at path; what a predecessor that is gone left
 // there makes way, one that lives does not.
-func ListenSocket(path string, answers Answers, log *slog.Logger) (*Socket, error) {
+func ListenSocket(path string, answers Answers, orders Orders, log *slog.Logger) (*Socket, error) {
 	wrap := func(err error) error { return fmt.Errorf("listen for the command line: %w", err) }
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, wrap(err)
@@ -60,18 +70,62 @@ func ListenSocket(path string, answers Answers, log *slog.Logger) (*Socket, erro
 	for path, answer := range answers {
 		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
 			value, err := answer(r.URL.Query())
+			reply(w, value, err)
+		})
+	}
+	for path, order := range orders {
+		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
+			by, err := askedBy(r.Context())
 			if err != nil {
-				http.Error(w, err.Error(), http.StatusBadRequest)
+				http.Error(w, err.Error(), http.StatusForbidden)
 				return
 			}
-			w.Header().Set("Content-Type", "application/json")
-			_ = json.NewEncoder(w).Encode(value)
+			value, err := order(r.URL.Query(), by)
+			reply(w, value, err)
 		})
 	}
 	return &Socket{listen: l, server: &http.Server{
-		Handler: mux, ReadTimeout: askTimeout, WriteTimeout: askTimeout, MaxHeaderBytes: headerLimit,
+		Handler: mux, ReadTimeout: askTimeout, WriteTimeout: orderTimeout, MaxHeaderBytes: headerLimit,
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, conn)
+		},
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}}, nil
+}
+
+func reply(w http.ResponseWriter, value any, err error) {
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(value)
+}
+
+// connKey is under what a request's context has its connection.
+type connKey struct{}
+
+// askedBy is who asks, as the kernel tells it of the connection. The mode of the
+// socket says who may give orders, and this once more.
+func askedBy(ctx context.Context) (string, error) {
+	conn, ok := ctx.Value(connKey{}).(*net.UnixConn)
+	if !ok {
+		return "", errors.New("orders are for the socket alone")
+	}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return "", fmt.Errorf("ask who asks: %w", err)
+	}
+	var who *unix.Ucred
+	if controlErr := raw.Control(func(fd uintptr) {
+		who, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); controlErr != nil || err != nil {
+		return "", fmt.Errorf("ask who asks: %w", errors.Join(controlErr, err))
+	}
+	if who.Uid != 0 && int(who.Uid) != os.Getuid() {
+		return "", fmt.Errorf("orders are for root alone, not for user %d", who.Uid)
+	}
+	return fmt.Sprintf("user %d, process %d", who.Uid, who.Pid), nil
 }
 
 // String names the task.
@@ -94,7 +148,17 @@ func (s *Socket) Run(ctx context.Context) error {
 // Ask puts a question to the process at a socket and reads the answer into a
 // value. The error is ErrNotRunning where nobody answers.
 func Ask(ctx context.Context, socket, path string, query url.Values, into any) error {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	return ask(ctx, socket, http.MethodGet, path, query, into, askTimeout)
+}
+
+// Order gives an order to the process at a socket, and returns when it has been
+// carried out. Its errors are those of Ask.
+func Order(ctx context.Context, socket, path string, query url.Values, into any) error {
+	return ask(ctx, socket, http.MethodPost, path, query, into, orderTimeout)
+}
+
+func ask(ctx context.Context, socket, method, path string, query url.Values, into any, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
@@ -113,7 +177,7 @@ func Ask(ctx context.Context, socket, path string, query url.Values, into any) e
 		}
 		return fmt.Errorf("ask the running process: %w", err)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://process"+path+"?"+query.Encode(), nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://process"+path+"?"+query.Encode(), nil)
 	if err != nil {
 		return wrap(err)
 	}

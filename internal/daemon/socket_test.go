@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/url"
 	"os"
@@ -18,12 +19,13 @@ func TestSocket(t *testing.T) {
 		"/v1/name": func(q url.Values) (any, error) { return "hello " + q.Get("who"), nil },
 		"/v1/fail": func(url.Values) (any, error) { return nil, errors.New("not an address") },
 	}
+	orders := Orders{"/v1/stop": func(q url.Values, by string) (any, error) { return q.Get("what") + " for " + by, nil }}
 	var got string
 	if err := Ask(t.Context(), path, "/v1/name", nil, &got); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("without a process: %v", err)
 	}
 	for range 2 { // the second takes the place of what the first left
-		s, err := ListenSocket(path, answers, log)
+		s, err := ListenSocket(path, answers, orders, log)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -39,10 +41,17 @@ func TestSocket(t *testing.T) {
 		if err := Ask(t.Context(), path, "/v1/fail", nil, &got); err == nil || err.Error() != "ask the running process: not an address" {
 			t.Errorf("%v", err)
 		}
+		who := fmt.Sprintf("it for user %d, process %d", os.Getuid(), os.Getpid())
+		if err := Order(t.Context(), path, "/v1/stop", url.Values{"what": {"it"}}, &got); err != nil || got != who {
+			t.Errorf("an order: %q, %v", got, err)
+		}
+		if err := Ask(t.Context(), path, "/v1/stop", nil, &got); err == nil {
+			t.Error("a question gave an order")
+		}
 		if err := Ask(t.Context(), path, "/v1/other", nil, &got); err == nil || !strings.Contains(err.Error(), "404") {
 			t.Errorf("%v", err)
 		}
-		if _, err := ListenSocket(path, answers, log); err == nil || !strings.Contains(err.Error(), "another process answers") {
+		if _, err := ListenSocket(path, answers, orders, log); err == nil || !strings.Contains(err.Error(), "another process answers") {
 			t.Errorf("a second process: %v", err)
 		}
 		cancel()
@@ -53,7 +62,7 @@ func TestSocket(t *testing.T) {
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ListenSocket(path, answers, log); err == nil {
+	if _, err := ListenSocket(path, answers, orders, log); err == nil {
 		t.Error("a file that is no socket made way")
 	}
 }

@@ -89,7 +89,7 @@ func TestOrders(t *testing.T) {
 	a.stop(syscall.SIGKILL)
 	w.pass(true, bad4, in, in6)
 	w.pass(false, out, bad6)
-	w.refuses("no agent answers at", "pause", "10m")
+	w.refuses("nobody answers at", "pause", "10m")
 	a = w.start()
 	w.until("the agent answers", 10*time.Second, func() bool { _, err := w.cli("status"); return err == nil })
 	w.says("what bans it counts again", "allow", "--end", "198.51.100.8/31") // of a predecessor's table
@@ -244,7 +244,7 @@ func TestProbe(t *testing.T) {
 	}
 
 	a.stop(syscall.SIGTERM)
-	w.refuses("no agent answers at", "check", "--probe")
+	w.refuses("nobody answers at", "check", "--probe")
 	w.extra = "mode: observe\n"
 	a = w.start()
 	a.ready()
