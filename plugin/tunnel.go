@@ -32,6 +32,8 @@ const (
 	tunnelLabel  = "edgeward-client v1\n"
 	// tunnelLongest is longer than any value that the tunnel writes.
 	tunnelLongest = 256
+	// tunnelLongestHost is as long as a name and its port can be.
+	tunnelLongestHost = 260
 	// tunnelReread is how old, in seconds, keys may be before their files are
 	// read again.
 	tunnelReread = 15
@@ -176,7 +178,7 @@ func identified(t *tunnel, req *http.Request, peer []byte) []byte {
 	delete(header, tunnelHeader)
 	belief := t.keys.Load().(*tunnelBelief)
 	key := ""
-	if len(values) == 1 {
+	if len(values) == 1 && len(req.Host) <= tunnelLongestHost {
 		key = values[0] + " " + req.Method + " " + req.Host
 	}
 	var client *tunnelClient
@@ -185,7 +187,9 @@ func identified(t *tunnel, req *http.Request, peer []byte) []byte {
 		client = known.(*tunnelClient)
 		why = fresh(client.at, now, t.source.maxAge)
 	} else if client, why = believed(belief.keys, t.source.maxAge, now, values, req.Method, req.Host); client != nil {
-		if belief.n.Add(1) > tunnelKnown {
+		if key == "" {
+			// Not remembered: what is known is bounded in bytes, too.
+		} else if belief.n.Add(1) > tunnelKnown {
 			t.keys.CompareAndSwap(belief, &tunnelBelief{keys: belief.keys})
 		} else {
 			belief.known.Store(strings.Clone(key), client)

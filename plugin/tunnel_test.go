@@ -387,3 +387,31 @@ func TestWhatIsKnownGrowsOld(t *testing.T) {
 		t.Error("what is known grows without end")
 	}
 }
+
+// TestWhatIsKnownIsSmall sends one signature with ports as no tunnel lets them
+// through: they must not be remembered by the megabyte.
+func TestWhatIsKnownIsSmall(t *testing.T) {
+	config := CreateConfig()
+	config.Log.Level = "error"
+	config.Client.Preset = tunnelPreset
+	config.Client.Key = tunnelKeyA
+	s := open(t, config)
+	h := followed(s, echo)
+	value := tunnelValue(tunnelKeyA, time.Now(), "203.0.113.7")
+	ask := func(host string) int32 {
+		got := s.get("10.42.0.5", func(r *http.Request) {
+			r.Header.Set(tunnelHeader, value)
+			r.Host = host
+		}).Header().Get("Remote")
+		if got != "203.0.113.7:0" {
+			t.Errorf("at %.40s the visitor is %s", host, got)
+		}
+		return h.tunnel.keys.Load().(*tunnelBelief).n.Load()
+	}
+	if n := ask("site.example:443"); n != 1 {
+		t.Fatalf("%d are known", n)
+	}
+	if n := ask("site.example:" + strings.Repeat("9", 60000)); n != 1 {
+		t.Errorf("%d are known, one of them with a port of 60000 digits", n)
+	}
+}
