@@ -20,7 +20,7 @@ type Keeper struct {
 	client *client
 	log    *slog.Logger
 
-	turn  sync.Mutex        // held by whoever asks and writes
+	turn  chan struct{}     // holds one while somebody asks and writes
 	zones map[string]string // ids, which never change; under turn
 
 	mu       sync.Mutex
@@ -61,10 +61,21 @@ const (
 func New(s Settings, agent string, log *slog.Logger) *Keeper {
 	return &Keeper{
 		client:   newClient(agent),
+		turn:     make(chan struct{}, 1),
 		log:      log,
 		zones:    map[string]string{},
 		settings: s,
 		report:   Report{Policy: s.Desired.Policy},
+	}
+}
+
+// take waits for the turn of the caller, who gives it back by reading one.
+func (k *Keeper) take(ctx context.Context) error {
+	select {
+	case k.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for calls under way: %w", ctx.Err())
 	}
 }
 
@@ -94,8 +105,10 @@ func (k *Keeper) Usage() Usage { return k.client.used() }
 // Plan reads and returns what a turn would write. The changes are good as far as
 // they go even where there is an error.
 func (k *Keeper) Plan(ctx context.Context) (Changes, error) {
-	k.turn.Lock()
-	defer k.turn.Unlock()
+	if err := k.take(ctx); err != nil {
+		return Changes{Tunnels: []TunnelState{}, Hosts: []HostState{}, Writes: []Write{}}, err
+	}
+	defer func() { <-k.turn }()
 	s := k.current()
 	have, err := k.read(ctx, s)
 	return Diff(s.Desired, have), err
@@ -106,8 +119,10 @@ func (k *Keeper) Plan(ctx context.Context) (Changes, error) {
 // could not be written stays as it was. It is a reconcile.Turn, and leaves the
 // next time to the interval.
 func (k *Keeper) Turn(ctx context.Context) (next time.Time, err error) {
-	k.turn.Lock()
-	defer k.turn.Unlock()
+	if err := k.take(ctx); err != nil {
+		return time.Time{}, err
+	}
+	defer func() { <-k.turn }()
 	s := k.current()
 	have, err := k.read(ctx, s)
 	changes := Diff(s.Desired, have)
@@ -151,8 +166,10 @@ func (k *Keeper) conclude(r Report, err error) {
 // Token returns the connector's token of a tunnel that has none of its own,
 // making the tunnel if there is none of that name. It is a secret.
 func (k *Keeper) Token(ctx context.Context, name string) (string, error) {
-	k.turn.Lock()
-	defer k.turn.Unlock()
+	if err := k.take(ctx); err != nil {
+		return "", err
+	}
+	defer func() { <-k.turn }()
 	s := k.current()
 	if s.TunnelToken == "" {
 		return "", fmt.Errorf("get the token of tunnel %s: there is no cloudflare.tunnelTokenFile", name)
@@ -357,14 +374,13 @@ func (a *apply) batch(ctx context.Context, z Zone, hosts [][]Write) error {
 		all = append(all, host...)
 	}
 	for _, w := range all {
-		record := Record{ID: w.ID, Type: w.Type, Name: w.Name, Content: w.Content, Proxied: w.Type == "CNAME", TTL: 1}
+		record := Record{ID: w.ID, Type: w.Type, Name: w.Name, Content: w.Content, Proxied: w.Type == "CNAME", TTL: 1, Comment: comment(a.settings.Desired.Owner)}
 		switch w.Verb {
 		case Delete:
 			body.Deletes = append(body.Deletes, map[string]string{"id": w.ID})
 		case Update:
 			body.Patches = append(body.Patches, record)
 		case Create:
-			record.Comment = "kept by edgeward, owner " + a.settings.Desired.Owner
 			body.Posts = append(body.Posts, record)
 		}
 	}

@@ -279,6 +279,8 @@ func TestWhatOthersMadeStays(t *testing.T) {
 	record := func(kind, name, content string) cfedge.Record {
 		return cfedge.Record{Type: kind, Name: name, Content: content, Proxied: kind == "CNAME"}
 	}
+	const stale = "5f1c7a52-0000-4000-8000-000000000000" + targetSuffix
+	kept := cfedge.Record{Type: "CNAME", Name: host, Content: stale, Proxied: true, Comment: "kept by edgeward, owner home"}
 	for _, c := range []struct {
 		name    string
 		there   []cfedge.Record // @main stands for the tunnel
@@ -306,7 +308,12 @@ func TestWhatOthersMadeStays(t *testing.T) {
 			append(pair(host, "main"), host+" MX mail.example.net", host+` TXT "v=spf1 -all"`)},
 		{"ours, led elsewhere by hand", []cfedge.Record{record("CNAME", host, "pages.example.net"), record("TXT", claim, mine)}, nil, Conflict, "was led to pages.example.net by others", nil},
 		{"ours, led elsewhere, taken back", []cfedge.Record{record("CNAME", host, "pages.example.net"), record("TXT", claim, mine)}, func(d *Desired) { d.Adopt = []string{host} }, OK, "", pair(host, "main")},
-		{"ours, led to a stale tunnel", []cfedge.Record{record("CNAME", host, "5f1c7a52-0000-4000-8000-000000000000"+targetSuffix), record("TXT", claim, mine)}, nil, OK, "", pair(host, "main")},
+		{"ours, led to a stale tunnel", []cfedge.Record{kept, record("TXT", claim, mine)}, nil, OK, "", pair(host, "main")},
+		{"ours, led to a tunnel of others", []cfedge.Record{record("CNAME", host, stale), record("TXT", claim, mine)}, nil, Conflict, "was led to " + stale + " by others: delete that record, name the host under cloudflare.adopt", nil},
+		{"ours, led to a tunnel of others, taken back", []cfedge.Record{record("CNAME", host, stale), record("TXT", claim, mine)}, func(d *Desired) { d.Adopt = []string{host} }, OK, "", pair(host, "main")},
+		{"ours, led to a tunnel of others, not desired", []cfedge.Record{record("CNAME", host, stale), record("TXT", claim, mine)}, func(d *Desired) { d.Hosts = nil }, "", "", []string{host + " CNAME " + stale + " proxied"}},
+		{"ours, led to a tunnel of others, internal", []cfedge.Record{record("CNAME", host, stale), record("TXT", claim, mine)}, func(d *Desired) { d.Hosts, d.Internal = nil, []string{host} }, "", "", []string{host + " CNAME " + stale + " proxied"}},
+		{"ours, stale, not desired", []cfedge.Record{kept, record("TXT", claim, mine)}, func(d *Desired) { d.Hosts = nil }, "", "", []string{}},
 		{"ours, not proxied", []cfedge.Record{{Type: "CNAME", Name: host, Content: "@main"}, record("TXT", claim, mine)}, nil, OK, "", pair(host, "main")},
 		{"ours, its alias deleted", []cfedge.Record{record("TXT", claim, mine)}, nil, OK, "", pair(host, "main")},
 		{"ours, said twice", []cfedge.Record{record("CNAME", host, "@main"), record("TXT", claim, mine), record("TXT", claim, `"heritage=edgeward, edgeward/owner=home"`)}, nil, OK, "", nil},
@@ -624,5 +631,20 @@ func TestNotes(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, have); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// TestNobodyWaitsForATurnWithoutEnd asks while another's calls are under way.
+func TestNobodyWaitsForATurnWithoutEnd(t *testing.T) {
+	w := newWorld(t, "example.org")
+	k := w.keeper()
+	k.turn <- struct{}{}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := k.Token(ctx, "main"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a token: %v", err)
+	}
+	if _, err := k.Turn(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a turn: %v", err)
 	}
 }

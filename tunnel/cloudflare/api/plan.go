@@ -329,7 +329,6 @@ func (h *decide) keep() {
 	name, tunnel := h.host.Host, h.host.Tunnel
 	target := h.targets[tunnel]
 	adopt := slices.Contains(h.desired.Adopt, name)
-	toTunnel := h.cname != nil && strings.HasSuffix(h.cname.Content, targetSuffix)
 	right := h.cname != nil && h.cname.Content == target && h.cname.Proxied && target != ""
 	conflict := func(format string, args ...any) {
 		h.host.State, h.host.Says = Conflict, fmt.Sprintf(format, args...)
@@ -344,7 +343,7 @@ func (h *decide) keep() {
 	case target == "" && !h.making[tunnel]:
 		h.host.State, h.host.Says = Unknown, fmt.Sprintf("the id of tunnel %q is not known", tunnel)
 		return
-	case h.cname == nil, adopt, len(h.mine) > 0 && toTunnel:
+	case h.cname == nil, adopt, len(h.mine) > 0 && h.madeIt():
 	case len(h.mine) > 0:
 		conflict("was led to %s by others: delete that record, name the host under cloudflare.adopt, or under cloudflare.relinquish", h.cname.Content)
 		return
@@ -379,11 +378,24 @@ func (h *decide) keep() {
 	}
 }
 
+// madeIt reports whether the alias of a host that is ours is as we would have
+// made it: it leads to a tunnel of ours, or to any with our comment on it. Others
+// have tunnels, too, and may have led the host there.
+func (h *decide) madeIt() bool {
+	if h.cname.Comment == comment(h.desired.Owner) {
+		return strings.HasSuffix(h.cname.Content, targetSuffix)
+	}
+	return slices.Contains(slices.Collect(maps.Values(h.targets)), h.cname.Content)
+}
+
+// comment is what a record says that we write.
+func comment(owner string) string { return "kept by edgeward, owner " + owner }
+
 // remove takes away what is ours of a host.
 func (h *decide) remove(says string) {
 	h.host.Says = says
 	if h.cname != nil && len(h.others) == 0 {
-		if strings.HasSuffix(h.cname.Content, targetSuffix) {
+		if h.madeIt() {
 			h.write(Write{Verb: Delete, Type: "CNAME", Name: h.cname.Name, ID: h.cname.ID, Was: h.cname.Content})
 		} else {
 			h.host.Says += "; its CNAME was led to " + h.cname.Content + " by others and stays"

@@ -190,7 +190,7 @@ func (h *history) turn() error {
 }
 
 // ours is what the keeper may change, told anew: text that names us, an alias to
-// a tunnel with such a text and no other beside it, or an alias to be adopted.
+// a tunnel of ours, or with our comment, with such a text and no other beside it, or an alias to be adopted.
 func (h *history) ours(r cfedge.Record, all []cfedge.Record) bool {
 	const mine = `"heritage=edgeward,edgeward/owner=home"`
 	if r.Type == "TXT" {
@@ -204,7 +204,11 @@ func (h *history) ours(r cfedge.Record, all []cfedge.Record) bool {
 		}
 	}
 	adopted := slices.Contains(h.want.Desired.Adopt, r.Name)
-	return r.Type == "CNAME" && !disputed && (adopted || claimed && strings.HasSuffix(r.Content, targetSuffix))
+	made := r.Comment == "kept by edgeward, owner home" && strings.HasSuffix(r.Content, targetSuffix)
+	for _, t := range h.cloud.Tunnels(h.account) {
+		made = made || r.Content == t.ID.String()+targetSuffix
+	}
+	return r.Type == "CNAME" && !disputed && (adopted || claimed && made)
 }
 
 // sensible fails unless a record that was written is one for a host that is
