@@ -66,7 +66,8 @@ type Connector struct {
 
 	mu       sync.Mutex
 	current  *session
-	sessions []*session // the current one, and those that still drain
+	proven   *session   // the last that served, kept until the current one does; nil for none
+	sessions []*session // the current one, the proven one, and those that still drain
 }
 
 type totals struct {
@@ -97,8 +98,9 @@ var errDrained = errors.New("the connector has been drained")
 // Otherwise it makes before it breaks: new connections are registered beside the
 // old, and once they serve the old ones drain by themselves while Apply returns.
 // If they cannot be had, Apply says why, and the old ones stay: ErrRefused if
-// the edge will not have the credentials. To state the same wish again changes
-// nothing.
+// the edge will not have the credentials. While the edge is away nobody can say
+// that, so old credentials that were good go on trying beside the new until
+// those have a connection. To state the same wish again changes nothing.
 func (c *Connector) Apply(ctx context.Context, credentials Credentials, settings Settings) error {
 	settings, err := settings.check()
 	if err != nil {
@@ -131,16 +133,57 @@ func (c *Connector) Apply(ctx context.Context, credentials Credentials, settings
 			return fmt.Errorf("replace the connections of tunnel %s: %w", c.name, err)
 		}
 	}
+	var done []*session // with serving
 	c.mu.Lock()
 	c.current = next
+	if old != nil && next.registered() == 0 && (old.served.Load() || old.registered() > 0) && old.refusal() == "" {
+		done, c.proven = append(done, c.proven), old
+	} else {
+		done = append(done, old)
+	}
+	succeeds := c.proven != nil
 	c.mu.Unlock()
-	if old != nil {
-		go func() {
-			old.end()
-			c.forget(old)
-		}()
+	for _, s := range done {
+		c.retire(s)
+	}
+	if succeeds {
+		go c.succeed(next)
 	}
 	return nil
+}
+
+// succeed ends the proven session once next has a connection, unless another has
+// taken next's place by then.
+func (c *Connector) succeed(next *session) {
+	for {
+		changed := next.watch()
+		if next.registered() > 0 {
+			break
+		}
+		select {
+		case <-changed:
+		case <-next.draining.Done():
+			return
+		}
+	}
+	c.mu.Lock()
+	var before *session
+	if c.current == next {
+		before, c.proven = c.proven, nil
+	}
+	c.mu.Unlock()
+	c.retire(before)
+}
+
+// retire ends a session, if there is one, in good order and beside all else.
+func (c *Connector) retire(s *session) {
+	if s == nil {
+		return
+	}
+	go func() {
+		s.end()
+		c.forget(s)
+	}()
 }
 
 // wait waits until next has as many registered connections as old has, or for
@@ -214,7 +257,7 @@ func (c *Connector) Drain(ctx context.Context) error {
 		}
 	}
 	c.mu.Lock()
-	c.current, c.sessions = nil, nil
+	c.current, c.proven, c.sessions = nil, nil, nil
 	c.mu.Unlock()
 	return err
 }
@@ -232,7 +275,8 @@ type Status struct {
 	// Refused says, in the edge's words, why it will not have the credentials;
 	// empty if it does, or has not been asked.
 	Refused string
-	// Connections are those wished for, by index, and then those that drain.
+	// Connections are those wished for, by index, and then those that drain or
+	// serve until the wished for do.
 	Connections []Connection
 	Totals      Totals
 }

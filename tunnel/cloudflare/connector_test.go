@@ -27,7 +27,9 @@ func quick(p *pace) {
 }
 
 func TestRegistration(t *testing.T) {
+	t.Parallel()
 	each(t, func(t *testing.T, p Protocol) {
+		t.Parallel()
 		b := newBench(t, benchOptions{settings: Settings{Protocol: p, Connections: 4}, edge: cfedge.Options{Duplicates: true}, pace: quick})
 		servers := map[string]bool{}
 		for _, c := range b.Connections() {
@@ -61,6 +63,7 @@ func TestRegistration(t *testing.T) {
 }
 
 func TestSharesTheOneAddress(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, benchOptions{settings: Settings{Protocol: HTTP2, Connections: 3}, edge: cfedge.Options{Servers: 1}, pace: quick})
 	if n := b.connector.Status().Registered(); n != 3 {
 		t.Errorf("%d connections, want 3", n)
@@ -151,22 +154,29 @@ func TestMemory(t *testing.T) {
 func TestRefusal(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, p Protocol) {
-		b := newBench(t, benchOptions{stopped: true, pace: quick})
+		t.Parallel()
+		b := newBench(t, benchOptions{stopped: true, pace: func(p *pace) {
+			quick(p)
+			p.patience = time.Minute
+		}})
 		wrong := b.credentials()
 		wrong.Secret = []byte(strings.Repeat("x", 32))
 		settings := b.here(Settings{Protocol: p, Connections: 4})
 		if err := b.connector.Apply(t.Context(), wrong, settings); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the refusal shows", 2*time.Second, func() bool { return b.connector.Status().Refused != "" })
-		time.Sleep(time.Second)
+		start := time.Now()
+		eventually(t, "the refusal shows, again and again", 10*time.Second, func() bool {
+			s := b.connector.Status()
+			return s.Refused != "" && s.Connections[0].Attempts >= 3
+		})
 		s := b.connector.Status()
 		if !strings.Contains(s.Refused, "Unauthorized") || !s.Connections[0].Refused || s.Registered() != 0 {
 			t.Errorf("status %+v", s)
 		}
-		// At 300 ms or so between attempts, and only by the first connection.
-		if n := s.Connections[0].Attempts; n < 2 || n > 8 || s.Connections[1].Attempts > 0 {
-			t.Errorf("%d attempts in a second, and %d by the next", n, s.Connections[1].Attempts)
+		// At 150 to 300 ms between attempts, and only by the first connection.
+		if took := time.Since(start); took < 300*time.Millisecond || s.Connections[1].Attempts > 0 {
+			t.Errorf("three attempts in %v, and %d by the next", took, s.Connections[1].Attempts)
 		}
 		log := b.log.String()
 		if n := strings.Count(log, "level=ERROR"); n != 1 || !strings.Contains(log, "tunnel refused") || !strings.Contains(log, "mend=") {
@@ -191,7 +201,7 @@ func TestPutOff(t *testing.T) {
 	start := time.Now()
 	b.apply(t, Settings{Protocol: HTTP2})
 	b.serves(t, 1)
-	if took := time.Since(start); took < time.Second || took > 3*time.Second {
+	if took := time.Since(start); took < time.Second || took > 5*time.Second {
 		t.Errorf("registered after %v, and was asked to wait 1s", took)
 	}
 	if log := b.log.String(); !strings.Contains(log, "the region is being drained") || strings.Contains(log, "ERROR") {
@@ -228,6 +238,37 @@ func TestApplyKeepsWhatServes(t *testing.T) {
 	b.mustGet(t, "https://app.example.org/")
 }
 
+// TestRotationWhileTheEdgeIsAway has wrong credentials applied when nobody can
+// say that they are: the good ones serve again when the edge is back, and go when
+// others that are good take over.
+func TestRotationWhileTheEdgeIsAway(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, benchOptions{settings: Settings{Protocol: HTTP2}, pace: quick})
+	b.Dark(true)
+	eventually(t, "the connection is lost", 30*time.Second, func() bool { return b.connector.Status().Registered() == 0 })
+	for i := range 3 {
+		wrong := b.credentials()
+		wrong.Secret = []byte(strings.Repeat(string(rune('x'+i)), 32))
+		if err := b.connector.Apply(t.Context(), wrong, b.here(Settings{Protocol: HTTP2})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "one good and one wished for are kept", 10*time.Second, func() bool { return len(b.connector.Status().Connections) == 2 })
+	b.Dark(false)
+	eventually(t, "the good credentials serve again", 30*time.Second, func() bool {
+		s := b.connector.Status()
+		return s.Registered() == 1 && s.Refused != ""
+	})
+	b.mustGet(t, "https://app.example.org/")
+	if err := b.connector.Apply(t.Context(), b.credentials(), b.here(Settings{Protocol: HTTP2})); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "only what is wished for is left", 20*time.Second, func() bool {
+		s := b.connector.Status()
+		return s.Registered() == 1 && s.Refused == "" && len(s.Connections) == 1
+	})
+}
+
 // TestNoHotLoop counts how often an edge that hangs up is dialled.
 func TestNoHotLoop(t *testing.T) {
 	t.Parallel()
@@ -250,14 +291,17 @@ func TestNoHotLoop(t *testing.T) {
 	b := newBench(t, benchOptions{stopped: true})
 	settings := b.here(Settings{Protocol: HTTP2, Connections: 4})
 	settings.Edge = []string{listener.Addr().String()}
+	start := time.Now()
 	if err := b.connector.Apply(t.Context(), b.credentials(), settings); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(3 * time.Second)
-	if n := dialled.Load(); n < 2 || n > 12 {
-		t.Errorf("dialled %d times in 3 s", n)
+	failed := func() int { return strings.Count(b.log.String(), "connection failed") }
+	eventually(t, "each connection says so", 15*time.Second, func() bool { return failed() >= 4 })
+	time.Sleep(time.Second)
+	if n, took := dialled.Load(), time.Since(start); n < 4 || float64(n) > 4*took.Seconds() {
+		t.Errorf("dialled %d times in %v", n, took)
 	}
-	if n := strings.Count(b.log.String(), "connection failed"); n != 4 {
+	if n := failed(); n != 4 {
 		t.Errorf("%d lines about it, want one of each connection:\n%s", n, b.log)
 	}
 }
@@ -266,6 +310,7 @@ func TestNoHotLoop(t *testing.T) {
 func TestSilence(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, p Protocol) {
+		t.Parallel()
 		for _, c := range []struct {
 			name   string
 			silent func(*cfedge.Connection)
@@ -277,7 +322,7 @@ func TestSilence(t *testing.T) {
 				map[Protocol]string{HTTP2: "fell silent", QUIC: "the edge"}[p]},
 			{"wedged", func(c *cfedge.Connection) { c.Wedge(true) }, 9 * time.Second,
 				map[Protocol]string{HTTP2: "fell silent", QUIC: "does not answer any more: recycled"}[p]},
-			{"killed", func(c *cfedge.Connection) { c.Kill() }, time.Second, "the edge closed the connection"},
+			{"killed", func(c *cfedge.Connection) { c.Kill() }, 5 * time.Second, "the edge closed the connection"},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				t.Parallel()
@@ -324,7 +369,8 @@ func lastLine(text, with string) (last string) {
 func TestDrain(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, p Protocol) {
-		b := newBench(t, benchOptions{settings: Settings{Protocol: p, Connections: 2, LameDuck: 500 * time.Millisecond, Grace: 5 * time.Second},
+		t.Parallel()
+		b := newBench(t, benchOptions{settings: Settings{Protocol: p, Connections: 2, LameDuck: 500 * time.Millisecond, Grace: 20 * time.Second},
 			edge: cfedge.Options{RouteLag: 300 * time.Millisecond}, pace: quick})
 		slow := make(chan error, 1)
 		go func() {
@@ -349,8 +395,8 @@ func TestDrain(t *testing.T) {
 		if err := <-drained; err != nil {
 			t.Error(err)
 		}
-		// 1.5 s for the request, and up to a second to say goodbye.
-		if took := time.Since(start); took > 4*time.Second {
+		// 1.5 s for the request, and up to a second to say goodbye; not the grace.
+		if took := time.Since(start); took > 10*time.Second {
 			t.Errorf("drained in %v", took)
 		}
 		b.lossless(t)
@@ -372,6 +418,7 @@ func (b *bench) serves0(t *testing.T) {
 func TestDrainIsBounded(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, p Protocol) {
+		t.Parallel()
 		settings := Settings{Protocol: p, LameDuck: 100 * time.Millisecond, Grace: 500 * time.Millisecond}
 		for _, c := range []struct {
 			name string
@@ -379,6 +426,7 @@ func TestDrainIsBounded(t *testing.T) {
 			cut  bool
 		}{{"by grace", time.Minute, false}, {"by its context", 200 * time.Millisecond, true}} {
 			t.Run(c.name, func(t *testing.T) {
+				t.Parallel()
 				b := newBench(t, benchOptions{settings: settings})
 				ended := make(chan struct{})
 				go func() {
@@ -390,7 +438,7 @@ func TestDrainIsBounded(t *testing.T) {
 				defer cancel()
 				start := time.Now()
 				err := b.connector.Drain(ctx)
-				if (err != nil) != c.cut || time.Since(start) > 2*time.Second {
+				if (err != nil) != c.cut || time.Since(start) > 10*time.Second {
 					t.Errorf("drained in %v: %v", time.Since(start), err)
 				}
 				<-ended
@@ -404,6 +452,7 @@ func TestDrainIsBounded(t *testing.T) {
 func TestEdgeDrains(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, p Protocol) {
+		t.Parallel()
 		b := newBench(t, benchOptions{settings: Settings{Protocol: p, Connections: 2}, pace: quick})
 		v := b.load(t, 100)
 		for _, c := range b.Connections() {
@@ -474,6 +523,7 @@ func (l *load) stopAny() int64 {
 
 // TestSwapLosesNothing replaces everything there is to replace, under load.
 func TestSwapLosesNothing(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, benchOptions{settings: Settings{Protocol: QUIC, Connections: 4},
 		edge: cfedge.Options{RouteLag: 200 * time.Millisecond}, pace: quick})
 	v := b.load(t, 200)
@@ -495,6 +545,7 @@ func TestSwapLosesNothing(t *testing.T) {
 // process rolls over. What was in flight on a link that the emulator cut is
 // counted as lost; nothing else may fail, but while the edge is dark.
 func TestStorm(t *testing.T) {
+	t.Parallel()
 	each(t, func(t *testing.T, p Protocol) {
 		t.Parallel()
 		b := newBench(t, benchOptions{settings: Settings{Protocol: p, Connections: 4, LameDuck: time.Second},
@@ -528,10 +579,9 @@ func TestStorm(t *testing.T) {
 			t.Error(err)
 		}
 		kill(4)
-		counts := b.Counts()
-		if failed := v.stopAny(); failed > counts.Lost+b.Counts().Lost {
+		if failed, lost := v.stopAny(), b.Counts().Lost; failed > lost {
 			v.failed.Range(func(what, _ any) bool { t.Log(what); return true })
-			t.Errorf("%d requests of %d failed, of which %d were in flight on a killed link", failed, v.sent.Load(), counts.Lost)
+			t.Errorf("%d requests of %d failed, of which %d were in flight on a killed link", failed, v.sent.Load(), lost)
 		}
 		b.lossless(t)
 		t.Logf("%d requests: %+v", v.sent.Load(), b.Counts())
@@ -553,69 +603,74 @@ func TestStorm(t *testing.T) {
 }
 
 // TestCycles starts and stops a connector, and cuts its connections, many times:
-// nothing may stay behind.
+// nothing may stay behind. What stays behind is counted for the whole process, so
+// no other test runs beside this one. QUIC comes first: while HTTP/2 has its turn,
+// quic-go forgets what it keeps of closed connections for some seconds.
 func TestCycles(t *testing.T) {
-	each(t, func(t *testing.T, p Protocol) {
-		e, err := cfedge.Start(context.WithoutCancel(t.Context()), cfedge.Options{})
+	const cycles, reconnects, connections = 50, 500, 8 // over each protocol
+	handler := roundTripper(func(r *http.Request) (*http.Response, error) {
+		return &http.Response{StatusCode: 200, Header: http.Header{}, Body: http.NoBody}, nil
+	})
+	log := slog.New(slog.DiscardHandler)
+	benches := map[Protocol]*bench{}
+	start := func(t *testing.T, b *bench, p Protocol) {
+		b.connector = New(Options{Name: "home", Log: log, Handler: handler})
+		quick(&b.connector.pace)
+		b.connector.pace.stagger, b.connector.pace.good, b.connector.pace.firstRetry = 0, 0, 0
+		b.apply(t, Settings{Protocol: p, Connections: connections, LameDuck: time.Millisecond})
+		b.serves(t, connections)
+		b.mustGet(t, "https://app.example.org/")
+	}
+	stop := func(t *testing.T, b *bench) {
+		if err := b.connector.Drain(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, p := range []Protocol{HTTP2, QUIC} {
+		e, err := cfedge.Start(context.WithoutCancel(t.Context()), cfedge.Options{Servers: connections})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer e.Close()
 		b := &bench{Edge: e, log: &lockedBuffer{}, tunnel: e.Cloud().AddTunnel(e.Cloud().AddAccount("home"), "home", nil)}
-		handler := roundTripper(func(r *http.Request) (*http.Response, error) {
-			return &http.Response{StatusCode: 200, Header: http.Header{}, Body: http.NoBody}, nil
-		})
-		log := slog.New(slog.DiscardHandler)
-		start := func() {
-			b.connector = New(Options{Name: "home", Log: log, Handler: handler})
-			quick(&b.connector.pace)
-			b.connector.pace.good, b.connector.pace.firstRetry = 0, 0
-			b.apply(t, Settings{Protocol: p, Connections: 2, LameDuck: time.Millisecond})
-			b.serves(t, 2)
-			b.mustGet(t, "https://app.example.org/")
-		}
-		stop := func() {
-			if err := b.connector.Drain(t.Context()); err != nil {
-				t.Error(err)
-			}
-		}
-		start()
-		stop()
-		idle, heap := usage()
-		const cycles = 50
-		begin := time.Now()
-		// The edge of HTTP/2 takes a second to let a connection go: side by side.
-		var turns sync.WaitGroup
-		for range 10 {
-			turns.Go(func() {
-				one := &bench{Edge: e, log: b.log, tunnel: e.Cloud().AddTunnel(b.tunnel.Account, fmt.Sprint(rand.Uint64()), nil)}
-				for range cycles / 10 {
-					one.connector = New(Options{Name: "home", Log: log, Handler: handler})
-					quick(&one.connector.pace)
-					one.apply(t, Settings{Protocol: p, Connections: 2, LameDuck: time.Millisecond})
-					eventually(t, "it serves", 10*time.Second, func() bool { return one.connector.Status().Registered() == 2 })
-					if err := one.connector.Drain(t.Context()); err != nil {
-						t.Error(err)
+		start(t, b, p)
+		stop(t, b)
+		benches[p] = b
+	}
+	idle, heap := usage()
+	for _, p := range []Protocol{QUIC, HTTP2} {
+		t.Run(string(p), func(t *testing.T) {
+			b := benches[p]
+			begin := time.Now()
+			// The edge of HTTP/2 takes a second to let a connection go: side by side.
+			var turns sync.WaitGroup
+			for range 10 {
+				turns.Go(func() {
+					one := &bench{Edge: b.Edge, log: b.log, tunnel: b.Cloud().AddTunnel(b.tunnel.Account, fmt.Sprint(rand.Uint64()), nil)}
+					for range cycles / 10 {
+						one.connector = New(Options{Name: "home", Log: log, Handler: handler})
+						quick(&one.connector.pace)
+						one.apply(t, Settings{Protocol: p, Connections: 2, LameDuck: time.Millisecond})
+						eventually(t, "it serves", 10*time.Second, func() bool { return one.connector.Status().Registered() == 2 })
+						stop(t, one)
 					}
-				}
-			})
-		}
-		turns.Wait()
-		t.Log("starts and stops took", time.Since(begin))
-
-		start()
-		const reconnects = 500 // over each protocol
-		var begun int
-		for b.connector.Status().Totals.Lost < reconnects {
-			e.Kill()
-			if begun++; begun > 4*reconnects {
-				break
+				})
 			}
-			b.serves(t, 2)
-		}
-		b.mustGet(t, "https://app.example.org/")
-		t.Log("reconnects too", time.Since(begin))
-		stop()
-		flat(t, fmt.Sprintf("%d starts and stops, %d reconnects", cycles, reconnects), idle, heap)
-	})
+			turns.Wait()
+			t.Log("starts and stops took", time.Since(begin))
+
+			start(t, b, p)
+			for begun := 0; b.connector.Status().Totals.Lost < reconnects; begun++ {
+				if begun > reconnects {
+					t.Fatalf("%d kills cost %d connections", begun, b.connector.Status().Totals.Lost)
+				}
+				b.Kill()
+				b.serves(t, connections)
+			}
+			b.mustGet(t, "https://app.example.org/")
+			t.Log("reconnects too", time.Since(begin))
+			stop(t, b)
+		})
+	}
+	flat(t, fmt.Sprintf("%d starts and stops, %d reconnects", 2*cycles, 2*reconnects), idle, heap)
 }

@@ -228,10 +228,13 @@ func (s *session) attempts(slot int) int {
 	return s.held[slot].Attempts
 }
 
+// longestPush is more than any configuration has, in bytes.
+const longestPush = 4 << 20
+
 // acknowledge answers a pushed configuration over HTTP/2.
 func acknowledge(w io.Writer, pushed io.Reader) error {
 	var update connection.ConfigurationUpdateBody
-	if err := json.NewDecoder(pushed).Decode(&update); err != nil {
+	if err := json.NewDecoder(io.LimitReader(pushed, longestPush)).Decode(&update); err != nil {
 		return fmt.Errorf("read pushed configuration: %w", err)
 	}
 	return json.NewEncoder(w).Encode(pogs.UpdateConfigurationResponse{LastAppliedVersion: update.Version})

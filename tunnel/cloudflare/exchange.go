@@ -26,8 +26,7 @@ func (l *link) exchange(w connection.ResponseWriter, r *http.Request, websocket 
 			err = http.ErrAbortHandler
 			if p != any(http.ErrAbortHandler) {
 				err = fmt.Errorf("handler panicked: %v", p)
-				c.totals.panics.Add(1)
-				c.log.Error("panic in a request", "panic", fmt.Sprint(p), "host", r.Host, "stack", string(debug.Stack()))
+				c.panicked(p, r.Host)
 			}
 		}
 		if err != nil {
@@ -62,7 +61,7 @@ func (l *link) exchange(w connection.ResponseWriter, r *http.Request, websocket 
 	defer func() { _ = response.Body.Close() }()
 	if response.StatusCode == http.StatusSwitchingProtocols {
 		status = response.StatusCode
-		return upgrade(w, body, response)
+		return l.upgrade(w, body, response, r.Host)
 	}
 	if err := w.WriteRespHeaders(response.StatusCode, response.Header); err != nil {
 		return fmt.Errorf("send response: %w", err)
@@ -81,7 +80,7 @@ func (l *link) exchange(w connection.ResponseWriter, r *http.Request, websocket 
 
 // upgrade joins the visitor's stream with the origin service's, until either
 // ends.
-func upgrade(w connection.ResponseWriter, visitor io.Reader, response *http.Response) error {
+func (l *link) upgrade(w connection.ResponseWriter, visitor io.Reader, response *http.Response, host string) error {
 	origin, ok := response.Body.(io.ReadWriteCloser)
 	if !ok {
 		return errors.New("switch protocols: the response cannot be written to")
@@ -90,13 +89,22 @@ func upgrade(w connection.ResponseWriter, visitor io.Reader, response *http.Resp
 		return fmt.Errorf("send response: %w", err)
 	}
 	go func() {
-		// The stream ends under this when the exchange is over.
-		defer func() { _ = recover() }()
-		_ = copyBody(origin, visitor)
-		_ = origin.Close()
+		defer func() {
+			if p := recover(); p != nil {
+				l.session.connector.panicked(p, host)
+			}
+		}()
+		defer origin.Close()
+		_ = copyBody(origin, visitor) // until the exchange is over, and the stream with it
 	}()
 	_ = copyBody(w, origin) // both ends may end it as they like
 	return nil
+}
+
+// panicked notes a panic that a request caught. It is called where it recovers.
+func (c *Connector) panicked(p any, host string) {
+	c.totals.panics.Add(1)
+	c.log.Error("panic in a request", "panic", fmt.Sprint(p), "host", host, "stack", string(debug.Stack()))
 }
 
 var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}

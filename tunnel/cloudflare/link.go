@@ -388,6 +388,11 @@ func (o orchestra) UpdateConfig(version int32, _ []byte) *pogs.UpdateConfigurati
 }
 
 func (o orchestra) ProxyHTTP(w connection.ResponseWriter, r *tracing.TracedHTTPRequest, websocket bool) error {
+	// cloudflared leaves 0 for a body whose length the visitor did not give, and
+	// NoBody where there is none.
+	if !websocket && r.ContentLength == 0 && r.Body != http.NoBody {
+		r.ContentLength = -1
+	}
 	return o.exchange(w, r.Request, websocket)
 }
 

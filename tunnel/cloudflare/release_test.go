@@ -123,6 +123,7 @@ func (registrar) UpdateLocalConfiguration(context.Context, []byte) error { retur
 // connection and not the connection: another is made beside it, and what is in
 // flight on the first is served to its end.
 func TestReleasedConnection(t *testing.T) {
+	t.Parallel()
 	edge, roots := newFickle(t)
 	c := New(Options{Name: "home", Log: slog.New(slog.DiscardHandler), Handler: originService(t)})
 	quick(&c.pace)

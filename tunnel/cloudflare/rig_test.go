@@ -3,12 +3,14 @@ package cloudflare
 import (
 	"bytes"
 	"context"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -17,6 +19,16 @@ import (
 
 	"github.com/edgeward/edgeward/test/cfedge"
 )
+
+// TestMain lets more tests run side by side than there are processors: most of
+// them wait for something.
+func TestMain(m *testing.M) {
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
+	flag.Parse() // which may say otherwise
+	os.Exit(m.Run())
+}
 
 // A bench is an edge with a tunnel, a connector for it, and an origin service.
 type bench struct {

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -29,6 +30,7 @@ type session struct {
 	draining context.Context // ends when the drain begins, or with ctx
 	drain    context.CancelFunc
 	slots    sync.WaitGroup // slots, and links that outlive their turn in one
+	served   atomic.Bool    // a connection was registered, and has ended
 
 	mu      sync.Mutex
 	changed chan struct{} // closed at every change of what follows
@@ -90,6 +92,9 @@ func (s *session) hold(slot int) {
 		}
 		var refused refusedError
 		isRefused := errors.As(err, &refused)
+		if registered > 0 {
+			s.served.Store(true)
+		}
 		if registered >= s.pace.good {
 			failures = 0
 		} else {
@@ -112,7 +117,7 @@ func (s *session) hold(slot int) {
 // slot has shown that the credentials are good, or has met an edge that is
 // down, as another may not be; and then one after the other.
 func (s *session) turn(slot int) bool {
-	patience := time.NewTimer(2 * time.Second)
+	patience := time.NewTimer(s.pace.patience)
 	defer patience.Stop()
 	for waited := false; ; {
 		changed := s.watch()
@@ -206,13 +211,14 @@ func (s *session) connect(slot int, another, unreachable bool) (registered time.
 }
 
 // report notes and logs why a slot has no connection. Of the attempts in a row
-// that fail, the first and every tenth are logged as more than a detail.
+// that fail, the first and every tenth are logged as more than a detail; that the
+// credentials are refused is one line, whichever slots hear it.
 func (s *session) report(slot int, err error, lost, refused bool) {
 	message := err.Error()
 	var attempts int
 	var known bool
 	s.note(slot, func(c *Connection) {
-		known = c.Refused
+		known = slices.ContainsFunc(s.held, func(o Connection) bool { return o.Refused })
 		c.Error, c.Refused = message, refused
 		c.Attempts++
 		attempts = c.Attempts
@@ -224,7 +230,7 @@ func (s *session) report(slot int, err error, lost, refused bool) {
 	case lost:
 		s.connector.totals.lost.Add(1)
 		log.Warn("connection lost")
-	case attempts == 1 || attempts%10 == 0:
+	case attempts == 1 && !refused || attempts%10 == 0:
 		log.Warn("connection failed")
 	default:
 		log.Debug("connection failed")

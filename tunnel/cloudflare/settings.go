@@ -101,6 +101,7 @@ type pace struct {
 	refused    time.Duration // the wait after a refusal
 	good       time.Duration // how long a connection lives to have been good
 	stagger    time.Duration // between the first starts of connections
+	patience   time.Duration // of the others with the first of them
 	headStart  time.Duration // of the first protocol in a race
 	dial       time.Duration // bounds a handshake
 	rpc        time.Duration // bounds an answer of the edge
@@ -117,6 +118,7 @@ var usualPace = pace{
 	refused:    5 * time.Minute,
 	good:       2 * time.Second,
 	stagger:    250 * time.Millisecond,
+	patience:   2 * time.Second,
 	headStart:  750 * time.Millisecond,
 	dial:       10 * time.Second,
 	rpc:        5 * time.Second,
