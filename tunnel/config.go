@@ -552,6 +552,9 @@ func (c *Config) checkHosts(check *config.Check, tunnels []string) {
 		}
 		if h.Exposure == Public {
 			for _, internal := range c.internal() {
+				if h.Origin.HostHeader != "" && internal.Covers(h.Origin.HostHeader) {
+					check.Fail(at+"origin.hostHeader", "%s is internal (%s), and a public host would show it: name another host, or take it out of the internal ones", h.Origin.HostHeader, internal)
+				}
 				if internal.Covers(h.Host) {
 					check.Fail(at+"host", "%s is internal (%s) and cannot be public: take it out of one of the lists", h.Host, internal)
 					break

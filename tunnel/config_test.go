@@ -137,6 +137,7 @@ func TestConfigSaysWhatIsWrong(t *testing.T) {
 		host(good + ", origin: {insecureSkipVerify: true}"):                                                    "is of no use, the service is not https",
 		host(good + ", origin: {connectTimeout: 1ns}"):                                                         "hosts[0].origin.connectTimeout: 1ns: want 10ms",
 		host(good + ", origin: {hostHeader: '*.a'}"):                                                           `"*.a": want one host`,
+		host(good+", origin: {hostHeader: nas.example.org}") + "\ninternalHosts: ['*.example.org']":            "hosts[0].origin.hostHeader: nas.example.org is internal (*.example.org), and a public host would show it",
 		host(good + "}, {" + good):                                                                             "hosts[1].host: a.example.com is there already",
 		host(good + "}, {" + good + ", path: /x, exposure: internal"):                                          "one host is public or internal",
 		host("host: a.example.com, service: https://a, origin: {insecureSkipVerify: true, caFile: /ca}"):       "makes caFile and serverName of no use",

@@ -122,7 +122,7 @@ var (
 	descRefused   = desc("edgeward_refused_requests_total", "Requests that were refused, by the decision's origin and remediation, or because nothing could be known.", "origin", "remediation", "ip_type", "reason")
 	descObserved  = desc("edgeward_observed_requests_total", "Requests that would have been refused if the mode were not observe.", "origin", "remediation", "ip_type", "reason")
 	descMalformed = desc("edgeward_malformed_requests_total", "Requests refused because they are not as the edge sends them.", "reason")
-	descUnserved  = desc("edgeward_origin_failures_total", "Requests that an origin service did not answer.", "host", "reason")
+	descUnserved  = desc("edgeward_origin_failures_total", "Requests that an origin service did not answer, or did not get because too many were under way.", "host", "reason")
 	descDecisions = desc("edgeward_decisions", "Live decisions on addresses that count here.", "origin", "remediation", "ip_type")
 	descPulls     = desc("edgeward_pulls_total", "Answers of LAPI that came in whole.", "kind")
 	descDoubts    = desc("edgeward_doubted_pulls_total", "Full pulls that held implausibly few decisions, by which nothing was deleted.")

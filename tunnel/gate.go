@@ -3,8 +3,10 @@ package tunnel
 import (
 	"errors"
 	"html/template"
+	"io"
 	"log/slog"
 	"net/http"
+	"net/textproto"
 	"net/url"
 	"strconv"
 	"sync"
@@ -23,8 +25,11 @@ type Gate struct {
 	feed     *feed
 	throttle *throttle
 	counts   *counts
-	refusals *paced // lines on refused requests
-	troubles *paced // lines on services that do not answer
+	streams  streams
+	inFlight atomic.Int64 // requests that are with an origin service
+	refusals *paced       // lines on refused requests
+	oddities *paced       // lines on requests as the edge sends none
+	troubles *paced       // lines on services that do not answer
 	log      *slog.Logger
 	now      func() time.Time
 	began    time.Time
@@ -51,7 +56,7 @@ func newGate(c Config, now func() time.Time, log *slog.Logger) (*Gate, error) {
 	log = log.With("component", "gate")
 	g := &Gate{
 		feed: newFeed(c.policy(), now, log), throttle: newThrottle(), counts: newCounts(),
-		refusals: newPaced(log, slog.LevelInfo), troubles: newPaced(log, slog.LevelWarn),
+		refusals: newPaced(log, slog.LevelInfo), oddities: newPaced(log, slog.LevelWarn), troubles: newPaced(log, slog.LevelWarn),
 		log: log, now: now, began: now(),
 	}
 	if err := g.Apply(c); err != nil {
@@ -61,7 +66,8 @@ func newGate(c Config, now func() time.Time, log *slog.Logger) (*Gate, error) {
 }
 
 // Apply puts a configuration in force, at once and for every tunnel; requests
-// under way end as they began. On an error nothing changes. What lapi, listen,
+// under way end as they began, but for streams of visitors whom it bans. On an
+// error nothing changes. What lapi, listen,
 // socket and logFormat say is for the next start. Applying the same
 // configuration again reads the files that it names again.
 func (g *Gate) Apply(c Config) error {
@@ -84,11 +90,22 @@ func (g *Gate) Apply(c Config) error {
 	g.feed.adopt(c.policy())
 	g.counts.name(next.routes.hosts())
 	had.retire(next.routes)
+	g.cutBanned()
 	return nil
 }
 
-// Sink takes in the decision stream of the scopes in Scopes.
-func (g *Gate) Sink() lapi.Sink { return g.feed.sink() }
+// Sink takes in the decision stream of the scopes in Scopes. A ban holds for the
+// next request of a visitor, and ends WebSockets that are open.
+func (g *Gate) Sink() lapi.Sink {
+	s := g.feed.sink()
+	commit := s.Commit
+	s.Commit = func() bool {
+		doubt := commit()
+		g.cutBanned()
+		return doubt
+	}
+	return s
+}
 
 // Known is closed when decisions are known, or at once where nobody makes any.
 // A connector does well to wait a little for that: hosts that fail closed would
@@ -134,7 +151,7 @@ func (g *Gate) pass(set *setup, tunnel string, req *http.Request) (res *http.Res
 	in, reason := read(req)
 	if reason != "" {
 		g.counts.malformed(reason)
-		g.troubles.line("request refused, it is not as the edge sends them", "reason", reason, "tunnel", tunnel,
+		g.oddities.line("request refused, it is not as the edge sends them", "reason", reason, "tunnel", tunnel,
 			"host", shortened(req.Host), "ray", shortened(req.Header.Get("Cf-Ray")))
 		return g.answer(set, req, refusal{Status: malformedStatus(reason), Reason: "This request makes no sense."}), noHost, nil
 	}
@@ -151,6 +168,18 @@ func (g *Gate) pass(set *setup, tunnel string, req *http.Request) (res *http.Res
 	if to == nil {
 		return g.answer(set, req, refusal{Status: http.StatusNotFound, Reason: "There is no such site here.", Address: in.addr.String()}), label, nil
 	}
+	if g.inFlight.Add(1) > mostInFlight {
+		g.inFlight.Add(-1)
+		return g.overloaded(set, req, to), label, nil
+	}
+	over := sync.OnceFunc(func() { g.inFlight.Add(-1) })
+	defer func() {
+		if res == nil || res.Body == nil {
+			over()
+		} else {
+			res.Body = held(res.Body, over)
+		}
+	}()
 	out := in.outgoing(req, to)
 	if set.signer != nil {
 		out.Header[IdentityHeader] = []string{set.signer.Sign(g.now(), in.scheme, in.addr, out.Method, out.Host)}
@@ -163,8 +192,55 @@ func (g *Gate) pass(set *setup, tunnel string, req *http.Request) (res *http.Res
 		return g.unanswered(set, req, to, err), label, nil
 	}
 	scrub(res)
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		if !in.upgrade {
+			res.Body.Close()
+			return g.unanswered(set, req, to, errUnasked), label, nil
+		}
+		g.follow(req, in, res)
+	}
 	return res, label, nil
 }
+
+// mostInFlight is how many requests may be with origin services at a time. It is
+// more than a home has visitors for, and what they cost fits into a small pod.
+const mostInFlight = 4096
+
+// errUnasked is why the answer to a plain request is not passed on.
+var errUnasked = errors.New("it switches protocols unasked")
+
+// overloaded is what a visitor sees of a site when too much is going on.
+func (g *Gate) overloaded(set *setup, req *http.Request, to *route) *http.Response {
+	g.counts.unanswered(to.name, "overload")
+	g.troubles.line("too many requests are under way", "host", to.name, "most", mostInFlight)
+	res := g.answer(set, req, refusal{Status: http.StatusServiceUnavailable, Reason: "Too much is going on here just now. Try again in a moment."})
+	res.Header.Set("Retry-After", "5")
+	return res
+}
+
+// held is a body that tells of its end, and can be written to if it could.
+func held(body io.ReadCloser, over func()) io.ReadCloser {
+	if both, ok := body.(io.ReadWriteCloser); ok {
+		return heldStream{both, over}
+	}
+	return heldBody{body, over}
+}
+
+type heldBody struct {
+	io.ReadCloser
+	over func()
+}
+
+// Close ends the body.
+func (b heldBody) Close() error { defer b.over(); return b.ReadCloser.Close() }
+
+type heldStream struct {
+	io.ReadWriteCloser
+	over func()
+}
+
+// Close ends the stream.
+func (s heldStream) Close() error { defer s.over(); return s.ReadWriteCloser.Close() }
 
 // unanswered is what a visitor sees of a service that does not answer.
 func (g *Gate) unanswered(set *setup, req *http.Request, to *route, err error) *http.Response {
@@ -214,12 +290,7 @@ func (g *Gate) judge(set *setup, req *http.Request, in *incoming, to *route) *ht
 		"host", shortened(in.host), "path", shortened(req.URL.Path),
 	}
 	if verdict.Remediation != decision.Allow {
-		value := verdict.Prefix.String()
-		if !verdict.Prefix.IsValid() {
-			value = in.country
-		}
-		attrs = append(attrs, "decision", verdict.ID, "remediation", verdict.Remediation.Name(), "type", shortened(verdict.Type), "value", value,
-			"origin", shortened(verdict.Origin), "scenario", shortened(verdict.Scenario), "until", verdict.Until.UTC().Format(time.RFC3339))
+		attrs = append(attrs, provenance(verdict, in.country)...)
 	}
 	g.refusals.line(message, attrs...)
 	if observe {
@@ -232,6 +303,18 @@ func (g *Gate) judge(set *setup, req *http.Request, in *incoming, to *route) *ht
 	return res
 }
 
+// provenance is what a log line says of a decision on a visitor from country.
+func provenance(v decision.Verdict, country string) []any {
+	value := v.Prefix.String()
+	if !v.Prefix.IsValid() {
+		value = country
+	}
+	return []any{
+		"decision", v.ID, "remediation", v.Remediation.Name(), "type", shortened(v.Type), "value", value,
+		"origin", shortened(v.Origin), "scenario", shortened(v.Scenario), "until", v.Until.UTC().Format(time.RFC3339),
+	}
+}
+
 // outgoing is the request as the origin service gets it.
 func (in *incoming) outgoing(req *http.Request, to *route) *http.Request {
 	out := req.WithContext(req.Context()) // a copy
@@ -242,6 +325,12 @@ func (in *incoming) outgoing(req *http.Request, to *route) *http.Request {
 	out.Host = req.Host
 	if to.header != "" {
 		out.Host = to.header
+	}
+	// The map stays the one that the connector fills in after the body.
+	for name := range out.Trailer {
+		if canonical := textproto.CanonicalMIMEHeaderKey(name); claimsIdentity(canonical) || hopByHop[canonical] {
+			delete(out.Trailer, name)
+		}
 	}
 	out.RequestURI, out.Close, out.TransferEncoding, out.Header = "", false, nil, in.header
 	address := in.addr.String()

@@ -285,7 +285,7 @@ func TestVerdicts(t *testing.T) {
 	}{
 		{"203.0.113.7", "", 200}, {"203.0.113.66", "", 403}, {"::ffff:203.0.113.66", "", 403}, {"198.51.100.9", "", 403}, {"2001:db8::9", "", 403},
 		{"2001:db8:1::9", "", 200}, {"203.0.113.6", "", 403}, {"203.0.113.99", "", 200}, {"203.0.113.7", "Cf-Ipcountry: ZZ", 403}, {"203.0.113.7", "Cf-Ipcountry: zz", 403},
-		{"203.0.113.7", "Cf-Ipcountry: NL", 200}, {"203.0.113.99", "Cf-Ipcountry: ZZ", 200}, {"240.1.2.3", "Cf-Connecting-Ipv6: 2001:db8::9", 403}, {"240.1.2.3", "", 200},
+		{"203.0.113.7", "Cf-Ipcountry: NL", 200}, {"203.0.113.99", "Cf-Ipcountry: ZZ", 200}, {"240.1.2.3", "Cf-Connecting-Ipv6: 2001:db8::9", 403}, {"240.1.2.3", "", 400}, {"240.1.2.3", "Cf-Connecting-Ipv6: junk", 400},
 		{"203.0.113.7", "Cf-Connecting-Ipv6: 2001:db8::9", 200}, {"203.0.113.66", "X-Forwarded-For: 203.0.113.99", 403},
 	} {
 		if got := from("app.example.com", c.addr, c.header); got != c.want {
@@ -443,6 +443,13 @@ func TestWhatTheEdgeNeverSends(t *testing.T) {
 		"a host with user":     {edit(func(r *http.Request) { r.Host = "app.example.com@evil" }), 400},
 		"bad UTF-8 in a host":  {edit(func(r *http.Request) { r.Host = "app\xff.example.com" }), 400},
 		"a host with a port":   {edit(func(r *http.Request) { r.Host = "APP.example.com:443" }), 200},
+		"no port after all":    {edit(func(r *http.Request) { r.Host = "app.example.com:" }), 200},
+		"a name for a port":    {edit(func(r *http.Request) { r.Host = "app.example.com:evil.com" }), 400},
+		"a second host":        {edit(func(r *http.Request) { r.Host = "app.example.com:80,evil.com" }), 400},
+		"a second port":        {edit(func(r *http.Request) { r.Host = "app.example.com:80:80" }), 400},
+		"a long port":          {edit(func(r *http.Request) { r.Host = "app.example.com:" + strings.Repeat("9", 60000) }), 400},
+		"a tunnel in a tunnel": {edit(func(r *http.Request) { r.Method = "CONNECT" }), 405},
+		"a trace":              {edit(func(r *http.Request) { r.Method = "TRACE" }), 405},
 		"a relative path":      {edit(func(r *http.Request) { r.URL.Path = "x" }), 400},
 		"a line in the query":  {edit(func(r *http.Request) { r.URL.RawQuery = "a=b HTTP/1.1\r\nX: y" }), 400},
 		"an opaque target":     {edit(func(r *http.Request) { r.URL.Opaque = "//evil/x" }), 400},
@@ -577,7 +584,7 @@ func TestWebSocket(t *testing.T) {
 	go func() { _ = server.Serve(l) }()
 	defer server.Close()
 	for _, http2 := range []string{"false", "true"} {
-		w := newWorld(t, oneTunnel+`hosts: [{host: ws.example.com, service: "http://`+l.Addr().String()+`", origin: {http2: `+http2+`}}]`)
+		w := newWorld(t, lapiSection+oneTunnel+`hosts: [{host: ws.example.com, service: "http://`+l.Addr().String()+`", origin: {http2: `+http2+`}}]`+"\n")
 		res, err := w.gate.For("home").RoundTrip(visit("GET", "http://ws.example.com/", "203.0.113.7", "Connection: Upgrade", "Upgrade: websocket"))
 		if err != nil {
 			t.Fatal(err)
@@ -593,7 +600,47 @@ func TestWebSocket(t *testing.T) {
 		if _, err := io.ReadFull(both, got); err != nil || string(got) != "hello" {
 			t.Errorf("the echo is %q, %v", got, err)
 		}
+
+		// What does not ban its visitor leaves it open, and so does an observer.
+		w.pull(true, row(1, "203.0.113.66", "ban", "cscli"), row(2, "203.0.113.7", "throttle", "cscli"))
+		if err := w.gate.Apply(w.parse(w.config + "mode: observe\n")); err != nil {
+			t.Fatal(err)
+		}
+		w.pull(true, row(1, "203.0.113.66", "ban", "cscli"), row(3, "203.0.113.0/24", "ban", "CAPI"))
+		if _, err := both.Write([]byte("again")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(both, got); err != nil || string(got) != "again" {
+			t.Errorf("before its visitor is banned the echo is %q, %v", got, err)
+		}
+		ended := make(chan error, 1)
+		go func() { _, err := both.Read(got); ended <- err }()
+		if err := w.gate.Apply(w.parse(strings.TrimSuffix(w.config, "mode: observe\n"))); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-ended:
+			if err == nil {
+				t.Error("the stream of a banned visitor says more")
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("the stream of a banned visitor goes on")
+		}
+		w.pull(true, row(3, "203.0.113.0/24", "ban", "CAPI"))
+		if log := w.logs.String(); strings.Count(log, "stream cut") != 1 || !strings.Contains(log, "decision=3 ") {
+			t.Errorf("the log is %s", log)
+		}
+		totals, err := w.gate.Totals()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := totals[crowdsec.Series{Name: crowdsec.Dropped, Unit: crowdsec.Request, Origin: "CAPI", Remediation: "ban", IPType: "ipv4"}]; n != 1 {
+			t.Errorf("%d are counted as dropped", n)
+		}
 		both.Close()
+		if n := len(w.gate.streams.open); n != 0 {
+			t.Errorf("%d streams are remembered", n)
+		}
 	}
 }
 
@@ -893,5 +940,67 @@ func TestMetricsAreConsistent(t *testing.T) {
 	}
 	if s := w.gate.Status(links()); s.Ready != "yes" || !s.LAPI.Answering || len(s.Hosts) != 2 || len(s.Decisions) != 1 {
 		t.Errorf("the status is %+v", s)
+	}
+}
+
+// TestTrailersClaimNoIdentity has them filled in after the body, as they are.
+func TestTrailersClaimNoIdentity(t *testing.T) {
+	w := newWorld(t, gateConfig)
+	w.pull(true)
+	req := visit("POST", "http://app.example.com/", "203.0.113.7")
+	req.Body, req.ContentLength = io.NopCloser(strings.NewReader("x")), -1
+	req.Trailer = http.Header{"X-Forwarded-For": {"192.0.2.6"}, IdentityHeader: {"v1 forged"}, "Cf-Connecting-Ip": {"192.0.2.6"}, "X-Forwarded_for": {"192.0.2.6"}, "X-Sent": {"yes"}}
+	_, body := w.ask("home", req)
+	var told toldOrigin
+	if err := json.Unmarshal([]byte(body), &told); err != nil || len(told.Trailer) != 1 || told.Trailer.Get("X-Sent") != "yes" {
+		t.Errorf("the service gets the trailers %v, %v", told.Trailer, err)
+	}
+}
+
+func TestUnaskedSwitchOfProtocols(t *testing.T) {
+	service := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+		conn, _, err := http.NewResponseController(rw).Hijack()
+		if err == nil {
+			fmt.Fprint(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n")
+			conn.Close()
+		}
+	}))
+	defer service.Close()
+	w := newWorld(t, oneTunnel+"hosts: [{host: app.example.com, service: \""+service.URL+"\"}]\n")
+	if got := w.status(visit("GET", "http://app.example.com/", "203.0.113.7")); got != 502 {
+		t.Errorf("the answer is %d", got)
+	}
+}
+
+// TestTooManyAtOnce fills the gate, and expects room again after the last byte.
+func TestTooManyAtOnce(t *testing.T) {
+	w := newWorld(t, gateConfig)
+	w.pull(true)
+	w.gate.inFlight.Store(mostInFlight - 1)
+	one, err := w.gate.For("home").RoundTrip(visit("GET", "http://app.example.com/", "203.0.113.7"))
+	if err != nil || one.StatusCode != 200 {
+		t.Fatalf("the last that fits: %v, %v", one, err)
+	}
+	if res, _ := w.ask("home", visit("GET", "http://app.example.com/", "203.0.113.7")); res.StatusCode != 503 || res.Header.Get("Retry-After") != "5" {
+		t.Errorf("one more is answered %d, Retry-After %q", res.StatusCode, res.Header.Get("Retry-After"))
+	}
+	if n := w.gate.counts.unserved[[2]string{"app.example.com", "overload"}]; n == nil || n.Load() != 1 {
+		t.Error("it is not counted")
+	}
+	one.Body.Close()
+	one.Body.Close()
+	if got := w.status(visit("GET", "http://app.example.com/", "203.0.113.7")); got != 200 || w.gate.inFlight.Load() != mostInFlight-1 {
+		t.Errorf("after it: %d, %d in flight", got, w.gate.inFlight.Load())
+	}
+}
+
+func TestLongPagesAreRefused(t *testing.T) {
+	w := newWorld(t, gateConfig)
+	page := filepath.Join(t.TempDir(), "page")
+	if err := os.WriteFile(page, []byte(strings.Repeat("a", longestPage+1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.gate.Apply(w.parse(w.config + "ban: {pageFile: " + page + "}\n")); err == nil || !strings.Contains(err.Error(), "over 1 MiB") {
+		t.Errorf("a long page: %v", err)
 	}
 }

@@ -32,11 +32,15 @@ const (
 	badHeader  = "header"
 	badSize    = "size"
 	badVisitor = "address"
+	badMethod  = "method"
 )
 
 func malformedStatus(reason string) int {
-	if reason == badSize {
+	switch reason {
+	case badSize:
 		return http.StatusRequestHeaderFieldsTooLarge
+	case badMethod:
+		return http.StatusMethodNotAllowed
 	}
 	return http.StatusBadRequest
 }
@@ -46,8 +50,11 @@ func malformedStatus(reason string) int {
 // claims to know who the visitor is, and what is for cloudflared.
 func read(req *http.Request) (*incoming, string) {
 	in := &incoming{host: bareHost(req.Host), scheme: "https"}
-	if !httpguts.ValidHostHeader(req.Host) || !validHost(in.host) {
+	if !httpguts.ValidHostHeader(req.Host) || !validHost(in.host) || !validPort(req.Host) {
 		return nil, badHost
+	}
+	if req.Method == http.MethodConnect || req.Method == http.MethodTrace {
+		return nil, badMethod // a tunnel through the service, or an echo of what the gate adds
 	}
 	u := req.URL
 	if u == nil || u.Opaque != "" || !strings.HasPrefix(u.Path, "/") || strings.ContainsFunc(u.RawQuery, notInTarget) ||

@@ -147,6 +147,13 @@ func bareHost(host string) string {
 	return strings.ToLower(strings.TrimSuffix(host, "."))
 }
 
+// validPort reports whether what follows the name in a host is a port, or
+// nothing: it is signed, passed on and remembered with the name.
+func validPort(host string) bool {
+	_, port, has := strings.Cut(host, ":")
+	return !has || len(port) <= 5 && !strings.ContainsFunc(port, func(r rune) bool { return r < '0' || r > '9' })
+}
+
 // errNoVisitor and its like are why a request has no identity.
 var (
 	errNoVisitor   = errors.New("no address")
@@ -169,9 +176,11 @@ func visitorOf(vouched, six []string) (netip.Addr, error) {
 		return netip.Addr{}, err
 	}
 	if pseudo.Contains(addr) {
-		if true6, err := oneAddr(six); err == nil && true6.Is6() {
-			return true6, nil
+		true6, err := oneAddr(six)
+		if err != nil || !true6.Is6() {
+			return netip.Addr{}, errBadVisitor // nobody has the made-up one
 		}
+		return true6, nil
 	}
 	return addr, nil
 }

@@ -32,6 +32,10 @@ type refusal struct {
 	slug     string
 }
 
+// longestPage is as much as a watched file may hold, in bytes; everybody who is
+// refused gets it.
+const longestPage = 1 << 20
+
 // builtinPage is shown to browsers unless ban.pageFile gives another. It is the
 // plugin's, so that a visitor sees no difference.
 const builtinPage = `<!DOCTYPE html>
@@ -53,6 +57,9 @@ func readPage(file config.File) (*template.Template, error) {
 	text, err := os.ReadFile(string(file))
 	if err != nil {
 		return nil, fmt.Errorf("read ban.pageFile: %w", err)
+	}
+	if len(text) > longestPage {
+		return nil, fmt.Errorf("read ban.pageFile: %s is over 1 MiB: make it smaller", file)
 	}
 	page, err := template.New("page").Parse(string(text))
 	if err == nil {

@@ -43,7 +43,12 @@ type Connection struct {
 	Address    string    `json:"address,omitempty"`
 	Location   string    `json:"location,omitempty"`
 	Since      time.Time `json:"since,omitzero"`
-	Error      string    `json:"error,omitempty"`
+	// KeyExchange is how the connection's keys were agreed on; X25519MLKEM768
+	// withstands quantum computers.
+	KeyExchange string `json:"keyExchange,omitempty"`
+	// Canary is when the edge last answered through it; zero if it has not yet.
+	Canary time.Time `json:"canary,omitzero"`
+	Error  string    `json:"error,omitempty"`
 }
 
 // Calls are the calls of Cloudflare's API that were made.
