@@ -43,7 +43,8 @@ func program(args []string) int {
 }
 
 // run is the program: LAPI's stream goes into the gate, the connectors bring
-// requests to it, and the watcher keeps both, and DNS, in step with the file.
+// requests to it, and the watcher keeps both, and DNS, in step with the file. The
+// gate comes first and waits for nobody; connectors and DNS follow it.
 func run(ctx context.Context, path string, format tunnel.LogFormat) error {
 	start := time.Now()
 	log, err := daemon.NewLog(os.Stderr, string(format), os.Getenv)
@@ -62,9 +63,8 @@ func run(ctx context.Context, path string, format tunnel.LogFormat) error {
 	}
 	records := newRecords(&c, log)
 	connectors := newConnectors(gate, records, &c, log)
-	watcher.OnChange(func(ctx context.Context, next tunnel.Config) error {
-		next = restartOnly(c, next, log)
-		return errors.Join(gate.Apply(next), records.apply(&next), connectors.apply(ctx, &next))
+	watcher.OnChange(func(_ context.Context, next tunnel.Config) error {
+		return enforce(restartOnly(c, next, log), gate, connectors, records)
 	})
 
 	tasks := []daemon.Task{watcher, connectors, records}
@@ -87,7 +87,7 @@ func run(ctx context.Context, path string, format tunnel.LogFormat) error {
 	tasks = append(tasks, server)
 	if c.Socket != "" {
 		// Visitors matter more than questions about them.
-		if socket, err := daemon.ListenSocket(c.Socket, answers(gate, status), log); err != nil {
+		if socket, err := daemon.ListenSocket(c.Socket, answers(gate, status), nil, log); err != nil {
 			log.Warn("status and why will not work", "err", err)
 		} else {
 			tasks = append(tasks, socket)

@@ -145,7 +145,7 @@ func TestUnitAsksForNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, line := range []string{
-		"User=edgeward", "CapabilityBoundingSet=", "NoNewPrivileges=yes", "ProtectSystem=strict",
+		"User=edgeward", "CapabilityBoundingSet=", "NoNewPrivileges=yes", "ProtectSystem=strict", "LimitCORE=0",
 		"RuntimeDirectory=" + filepath.Base(filepath.Dir(c.Socket)), "StateDirectory=" + filepath.Base(c.StateDir),
 	} {
 		if !strings.Contains(string(unit), "\n"+line+"\n") {

@@ -62,6 +62,16 @@ func restartOnly(was, next tunnel.Config, log *slog.Logger) tunnel.Config {
 	return next
 }
 
+// enforce puts a configuration in force, the gate before all else. What the gate
+// refuses goes to nobody: a host must not be led where there is no route for it.
+func enforce(c tunnel.Config, gate *tunnel.Gate, connectors *connectors, records *records) error {
+	if err := gate.Apply(c); err != nil {
+		return err
+	}
+	connectors.wishFor(&c)
+	return records.apply(&c)
+}
+
 // connectors keeps one connector for each tunnel. It is a task that ends when
 // all have drained.
 type connectors struct {
@@ -70,8 +80,12 @@ type connectors struct {
 	memory  *cloudflare.Memory
 	log     *slog.Logger
 
+	news chan struct{} // there is something to do
+
 	mu      sync.Mutex
-	wish    *tunnel.Config // the last one
+	wish    *tunnel.Config     // the last one
+	newer   context.CancelFunc // of what is done for an older one; nil for nothing
+	trouble string             // why the last wish is not fulfilled
 	tunnels map[string]*holder
 	drain   time.Duration
 	leaving sync.WaitGroup // connectors of tunnels that are no longer wished for
@@ -88,13 +102,96 @@ type holder struct {
 func newConnectors(gate *tunnel.Gate, records *records, c *tunnel.Config, log *slog.Logger) *connectors {
 	all := &connectors{
 		gate: gate, records: records, memory: cloudflare.NewMemory(c.StateDir, log), log: log,
-		tunnels: map[string]*holder{},
+		tunnels: map[string]*holder{}, news: make(chan struct{}, 1),
 	}
 	records.after = all.renew
 	return all
 }
 
 func (c *connectors) String() string { return "connectors" }
+
+// wishFor states what is wished and returns at once: to bring connectors into
+// step takes calls of the API and connections to the edge, and the gate must not
+// wait for them. The latest wish counts; what is under way for an older one ends.
+func (c *connectors) wishFor(next *tunnel.Config) {
+	c.mu.Lock()
+	c.wish = next
+	if c.newer != nil {
+		c.newer()
+	}
+	c.mu.Unlock()
+	c.wake()
+}
+
+func (c *connectors) wake() {
+	select {
+	case c.news <- struct{}{}:
+	default:
+	}
+}
+
+// The pauses before what went wrong is tried again.
+const (
+	firstAgain   = 5 * time.Second
+	longestAgain = 5 * time.Minute
+)
+
+// follow brings the connectors into step with the last wish until ctx ends.
+func (c *connectors) follow(ctx context.Context) {
+	again := time.NewTimer(longestAgain)
+	again.Stop() // until something goes wrong
+	pause := firstAgain
+	var last *tunnel.Config
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-c.news:
+		case <-again.C:
+		}
+		turn, cancel := context.WithCancel(ctx)
+		c.mu.Lock()
+		wish := c.wish
+		c.newer = cancel
+		c.mu.Unlock()
+		if wish == nil {
+			cancel()
+			continue
+		}
+		err := c.apply(turn, wish)
+		outdated := turn.Err() != nil
+		cancel()
+		if outdated {
+			continue // there is news, or this is the end
+		}
+		if wish != last || err == nil {
+			pause = firstAgain
+		}
+		last = wish
+		c.mu.Lock()
+		before := c.trouble
+		if c.trouble = ""; err != nil {
+			c.trouble = err.Error()
+		}
+		c.mu.Unlock()
+		if err != nil {
+			if err.Error() != before {
+				c.log.Error("cannot apply all of the configuration, what was good before stays", "component", "tunnel", "err", err)
+			}
+			again.Reset(pause)
+			pause = min(2*pause, longestAgain)
+		} else {
+			again.Stop()
+		}
+	}
+}
+
+// troubled says why the last wish is not fulfilled; empty if it is.
+func (c *connectors) troubled() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.trouble
+}
 
 // apply brings the connectors into step with a configuration. What one of them
 // lacks does not stop the others, and leaves its connections as they were.
@@ -118,11 +215,12 @@ func (c *connectors) apply(ctx context.Context, next *tunnel.Config) error {
 		c.mu.Unlock()
 		return nil
 	}
-	c.wish, c.drain = next, next.Drain.LameDuck+next.Drain.Grace
+	drain := next.Drain.LameDuck + next.Drain.Grace
+	c.drain = drain
 	for name, h := range c.tunnels {
 		if !slices.ContainsFunc(next.Tunnels, func(t tunnel.TunnelConfig) bool { return t.Name == name }) {
 			delete(c.tunnels, name)
-			c.leaving.Go(func() { c.end(h.connector, c.drain) })
+			c.leaving.Go(func() { c.end(h.connector, drain) })
 		}
 	}
 	errs := make([]error, len(next.Tunnels))
@@ -146,28 +244,19 @@ func (c *connectors) apply(ctx context.Context, next *tunnel.Config) error {
 // renew tries again the tunnels whose token comes from the API and that have
 // none, or one that the edge refuses: nobody can watch a token that is rotated
 // there.
-func (c *connectors) renew(ctx context.Context) error {
+func (c *connectors) renew() {
 	c.mu.Lock()
-	wish, again := c.wish, map[*holder]tunnel.TunnelConfig{}
-	if wish != nil && !c.ended {
-		for _, t := range wish.Tunnels {
-			h := c.tunnels[t.Name]
-			if h != nil && t.TokenFile == "" && t.CredentialsFile == "" && (h.trouble != "" || h.connector.Status().Refused != "") {
-				again[h] = t
-			}
+	defer c.mu.Unlock()
+	if c.wish == nil {
+		return
+	}
+	for _, t := range c.wish.Tunnels {
+		h := c.tunnels[t.Name]
+		if h != nil && t.TokenFile == "" && t.CredentialsFile == "" && (h.trouble != "" || h.connector.Status().Refused != "") {
+			c.wake()
+			return
 		}
 	}
-	c.mu.Unlock()
-	if len(again) == 0 {
-		return nil
-	}
-	roots, err := trusted(wish)
-	for h, t := range again {
-		if err == nil {
-			err = c.connect(ctx, h, wish, t, roots)
-		}
-	}
-	return err
 }
 
 // connect brings one connector into step.
@@ -231,9 +320,9 @@ func trusted(c *tunnel.Config) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// Run waits for the end and then drains all tunnels side by side.
+// Run follows the wishes until the end and then drains all tunnels side by side.
 func (c *connectors) Run(ctx context.Context) error {
-	<-ctx.Done()
+	c.follow(ctx)
 	c.mu.Lock()
 	c.ended = true
 	all, drain := c.tunnels, c.drain
@@ -274,7 +363,7 @@ func (c *connectors) links() []tunnel.Link {
 			l.InFlight += conn.InFlight
 			one := tunnel.Connection{
 				Index: conn.Index, State: string(conn.State), Registered: conn.State == cloudflare.Registered, Protocol: string(conn.Protocol),
-				Location: conn.Location, Since: conn.Since, Error: conn.Error,
+				Location: conn.Location, Since: conn.Since, KeyExchange: conn.KeyExchange, Canary: conn.Canary, Error: conn.Error,
 			}
 			if conn.Address != (netip.AddrPort{}) {
 				one.Address = conn.Address.String()
@@ -292,7 +381,7 @@ func (c *connectors) links() []tunnel.Link {
 type records struct {
 	keeper *api.Keeper
 	loop   *reconcile.Loop
-	after  func(context.Context) error // each good turn; set before Run
+	after  func() // each good turn; set before Run
 
 	mu      sync.Mutex
 	enabled bool
@@ -318,7 +407,8 @@ func (r *records) turn(ctx context.Context) (time.Time, error) {
 	if err != nil {
 		return next, err
 	}
-	return next, r.after(ctx)
+	r.after()
+	return next, nil
 }
 
 func (r *records) on() bool {
@@ -352,7 +442,7 @@ func (r *records) calls() tunnel.Calls {
 // standing is the whole of /v1/status.
 func standing(gate *tunnel.Gate, c *connectors, r *records, w *tunnel.Watcher) tunnel.Status {
 	s := gate.Status(c.links())
-	s.Trouble = w.Trouble()
+	s.Trouble = cmp.Or(w.Trouble(), c.troubled())
 	if r.on() {
 		s.Cloudflare = r.keeper.Report()
 	}

@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -324,6 +325,32 @@ func (w *world) visit(from, method, url string, header ...string) reply {
 	return reply{res.StatusCode, string(body), res.Header}
 }
 
+// upgrade opens a WebSocket through Traefik, on which it has heard an echo.
+func (w *world) upgrade(from string) io.ReadWriteCloser {
+	w.t.Helper()
+	req, err := http.NewRequestWithContext(w.t.Context(), "GET", "https://site.example.com/ws", nil)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for name, value := range map[string]string{"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="} {
+		req.Header.Set(name, value)
+	}
+	res, err := w.edge.Visitor(from).RoundTrip(req)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	both, ok := res.Body.(io.ReadWriteCloser)
+	if res.StatusCode != 101 || !ok {
+		w.t.Fatalf("an upgrade is answered %d", res.StatusCode)
+	}
+	_, _ = both.Write([]byte("echo"))
+	back := make([]byte, 4)
+	if _, err := io.ReadFull(both, back); err != nil || string(back) != "echo" {
+		w.t.Fatalf("the WebSocket says %q, %v", back, err)
+	}
+	return both
+}
+
 // TestVisitorsThroughTraefik is the whole way, over both protocols.
 func TestVisitorsThroughTraefik(t *testing.T) {
 	w := newWorld(t, true)
@@ -362,31 +389,13 @@ func TestVisitorsThroughTraefik(t *testing.T) {
 			}
 
 			// Streams and upgrades go through all of it.
-			req, err := http.NewRequestWithContext(t.Context(), "GET", "https://site.example.com/ws", nil)
+			w.upgrade(good).Close()
+			req, err := http.NewRequestWithContext(t.Context(), "GET", "https://site.example.com/sse", nil)
 			if err != nil {
 				t.Fatal(err)
-			}
-			for name, value := range map[string]string{"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="} {
-				req.Header.Set(name, value)
 			}
 			res, err := w.edge.Visitor(good).RoundTrip(req)
 			if err != nil {
-				t.Fatal(err)
-			}
-			if both, ok := res.Body.(io.ReadWriteCloser); res.StatusCode != 101 || !ok {
-				t.Errorf("an upgrade is answered %d", res.StatusCode)
-			} else {
-				_, _ = both.Write([]byte("echo"))
-				back := make([]byte, 4)
-				if _, err := io.ReadFull(both, back); err != nil || string(back) != "echo" {
-					t.Errorf("the WebSocket says %q, %v", back, err)
-				}
-			}
-			res.Body.Close()
-			if req, err = http.NewRequestWithContext(t.Context(), "GET", "https://site.example.com/sse", nil); err != nil {
-				t.Fatal(err)
-			}
-			if res, err = w.edge.Visitor(good).RoundTrip(req); err != nil {
 				t.Fatal(err)
 			}
 			events := make([]byte, 40)
@@ -421,7 +430,9 @@ func TestVisitorsThroughTraefik(t *testing.T) {
 				t.Errorf("an internal host answers %d", got)
 			}
 
-			// A ban reaches the connector within the interval and a second.
+			// A ban reaches the connector within the interval and a second, and
+			// ends what the visitor had open.
+			open := w.upgrade(bad)
 			if err := w.lapi.Ban(t.Context(), bad, time.Hour); err != nil {
 				t.Fatal(err)
 			}
@@ -430,6 +441,14 @@ func TestVisitorsThroughTraefik(t *testing.T) {
 			if took > 2*time.Second {
 				t.Errorf("a ban took %v to reach the connector: want 2s at most", took)
 			}
+			ended := make(chan error, 1)
+			go func() { _, err := open.Read(make([]byte, 1)); ended <- err }()
+			select {
+			case <-ended:
+			case <-time.After(10 * time.Second):
+				t.Error("the WebSocket of a banned visitor goes on")
+			}
+			open.Close()
 			before := w.origin.Requests()
 			page := w.visit(bad, "GET", "http://site.example.com/", "Accept: text/html")
 			if page.status != 403 || !strings.Contains(page.body, "<h1>Access from your network is blocked.</h1>") || w.origin.Requests() != before {
@@ -444,7 +463,8 @@ func TestVisitorsThroughTraefik(t *testing.T) {
 			w.until(5*time.Second, "free again", func() bool { return w.visit(bad, "GET", "http://app.example.com/").status == 200 })
 
 			s := p.status()
-			if s.Ready != "yes" || len(s.Links) != 1 || len(s.Links[0].Connections) != 2 || !s.LAPI.Answering || s.Links[0].Connections[0].Protocol != protocol {
+			if s.Ready != "yes" || len(s.Links) != 1 || len(s.Links[0].Connections) != 2 || !s.LAPI.Answering || s.Links[0].Connections[0].Protocol != protocol ||
+				s.Links[0].Connections[0].KeyExchange != "X25519MLKEM768" || s.Links[0].Connections[0].Canary.IsZero() {
 				t.Errorf("the status is %+v", s)
 			}
 			if got := p.tell("status"); !strings.Contains(got, "registered") || !strings.Contains(got, "site.example.com") {
@@ -471,8 +491,9 @@ func TestVisitorsThroughTraefik(t *testing.T) {
 }
 
 // load makes requests, some two hundred a second, until the returned function
-// is called; it fails the test for each that is not answered well.
-func (w *world) load() (end func() int) {
+// is called, which says how many there were, and of those that were not answered
+// well how often which error was met.
+func (w *world) load() (end func() (n int, failed map[string]int)) {
 	ctx, cancel := context.WithCancel(w.t.Context())
 	var wait sync.WaitGroup
 	var mu sync.Mutex
@@ -503,14 +524,11 @@ func (w *world) load() (end func() int) {
 			})
 		}
 	})
-	return func() int {
+	return func() (int, map[string]int) {
 		cancel()
 		ticker.Stop()
 		wait.Wait()
-		for err, times := range failed {
-			w.t.Errorf("%d of %d requests failed: %s", times, n, err)
-		}
-		return n
+		return n, failed
 	}
 }
 
@@ -559,11 +577,66 @@ func TestRollover(t *testing.T) {
 			old.stop()
 			t.Logf("the old process ended after %v", time.Since(began))
 			time.Sleep(500 * time.Millisecond)
-			t.Logf("%d requests", end())
+			n, failed := end()
+			t.Logf("%d requests", n)
+			if len(failed) > 0 {
+				t.Errorf("of %d requests failed: %v", n, failed)
+			}
 			if c := w.edge.Counts(); c.Failed+c.Stale+c.Lost+c.NoTunnel > 0 {
 				t.Errorf("the edge counts %+v: %v", c, w.edge.Failures())
 			}
 			next.stop()
+		})
+	}
+}
+
+// TestRoutesChangeWhileConnectionsDie changes the routes a hundred times, under
+// load, while connections are killed at random. Each change is in force when the
+// next is made, and nothing fails but what was in flight on a killed connection.
+func TestRoutesChangeWhileConnectionsDie(t *testing.T) {
+	w := newWorld(t, false)
+	for _, protocol := range []string{"http2", "quic"} {
+		t.Run(protocol, func(t *testing.T) {
+			w := *w
+			w.t = t
+			p := w.start(protocol, protocol, "")
+			w.until(5*time.Second, "open", func() bool { return w.visit(good, "GET", "http://app.example.com/").status == 200 })
+			before := w.edge.Counts().Lost
+			end := w.load()
+			for i := range 100 {
+				extra, want := "", 404
+				if i%2 == 0 {
+					extra, want = "  - {host: new.example.com, service: ORIGIN}\n", 200
+				}
+				p.configure(p.name, protocol, p.listen, extra)
+				p.reload()
+				if i%20 == 10 {
+					w.until(20*time.Second, "whole again", func() bool { return len(w.edge.Connections()) == 2 })
+					w.edge.Connections()[rand.IntN(2)].Kill()
+				}
+				w.until(10*time.Second, "changed", func() bool {
+					// This request may be one of those in flight.
+					res, err := w.edge.Visitor(good).RoundTrip(httptest.NewRequest("GET", "http://new.example.com/", nil))
+					if err != nil {
+						return false
+					}
+					res.Body.Close()
+					return res.StatusCode == want
+				})
+			}
+			n, failed := end()
+			lost, sum := w.edge.Counts().Lost-before, 0
+			for _, times := range failed {
+				sum += times
+			}
+			t.Logf("%d requests, of which %d were lost on a killed connection", n, lost)
+			if int64(sum) > lost {
+				t.Errorf("%d of %d requests failed, of which %d were in flight on a killed connection: %v", sum, n, lost, failed)
+			}
+			if c := w.edge.Counts(); c.Failed+c.Stale+c.NoTunnel > 0 {
+				t.Errorf("the edge counts %+v: %v", c, w.edge.Failures())
+			}
+			p.stop()
 		})
 	}
 }

@@ -9,8 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -28,6 +30,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 
+	"github.com/edgeward/edgeward/internal/lapi"
+	"github.com/edgeward/edgeward/tunnel"
 	"github.com/edgeward/edgeward/tunnel/cloudflare"
 )
 
@@ -54,10 +58,21 @@ func serve(ctx context.Context, name string) error {
 	go func() { _ = server.Serve(listener) }()
 	defer server.Close()
 	fmt.Println("http://" + listener.Addr().String())
-	if name == "cloudflared" {
+	var answers http.RoundTripper
+	switch name {
+	case bare:
+		answers, err = newBare(p)
+	case routing:
+		answers, err = newGate(p, false)
+	case deciding:
+		answers, err = newGate(p, true)
+	default:
 		return runStock(ctx, p, id, roots)
 	}
-	return runOurs(ctx, p, id, roots)
+	if err != nil {
+		return err
+	}
+	return runOurs(ctx, p, id, roots, answers)
 }
 
 func tellUsage(w http.ResponseWriter, _ *http.Request) {
@@ -83,22 +98,67 @@ func tellUsage(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(u)
 }
 
-// runOurs runs our connector with the least that can stand behind it: a
-// transport to the origin service, as large as cloudflared's.
-func runOurs(ctx context.Context, p plan, id uuid.UUID, roots *x509.CertPool) error {
+// newBare is the least that can stand behind our connector: a transport to the
+// origin service, as large as cloudflared's.
+func newBare(p plan) (http.RoundTripper, error) {
 	origin, err := url.Parse(p.Origin)
 	if err != nil {
-		return errNoPlan
+		return nil, errNoPlan
 	}
 	transport := &http.Transport{MaxIdleConns: p.Sockets, MaxIdleConnsPerHost: p.Sockets, DisableCompression: true}
-	c := cloudflare.New(cloudflare.Options{
-		Name: "benchmark", Version: "benchmark", Log: slog.New(slog.DiscardHandler),
-		Handler: handler(func(r *http.Request) (*http.Response, error) {
-			r.URL.Scheme, r.URL.Host = origin.Scheme, origin.Host
-			return transport.RoundTrip(r)
-		}),
-	})
-	err = c.Apply(ctx, cloudflare.Credentials{Account: p.Account, Tunnel: id, Secret: p.Secret}, cloudflare.Settings{
+	return handler(func(r *http.Request) (*http.Response, error) {
+		r.URL.Scheme, r.URL.Host = origin.Scheme, origin.Host
+		return transport.RoundTrip(r)
+	}), nil
+}
+
+// decisions are about as many as a bouncer has that follows the community's
+// blocklist.
+const decisions = 15_000
+
+// newGate is the gate as edgeward-tunnel makes it: with routes and, if it is to
+// decide, with decisions and a key that signs.
+func newGate(p plan, decides bool) (http.RoundTripper, error) {
+	dir, err := os.MkdirTemp("", "edgeward-benchmark-")
+	if err != nil {
+		return nil, fmt.Errorf("keep a key: %w", err)
+	}
+	defer os.RemoveAll(dir) // the gate has read it by then
+	key := filepath.Join(dir, "key")
+	if err := os.WriteFile(key, []byte(strings.Repeat("k", 44)), 0o600); err != nil {
+		return nil, fmt.Errorf("keep a key: %w", err)
+	}
+	text := fmt.Appendf(nil, `
+tunnels: [{name: benchmark, tokenFile: %q}]
+hosts: [{host: app.example.org, service: %q, origin: {idleConnections: %d}}]
+`, key, p.Origin, p.Sockets)
+	if decides {
+		text = fmt.Appendf(text, "lapi: {url: 'http://127.0.0.1:8080', keyFile: %[1]q}\nidentity: {keyFile: %[1]q}\n", key)
+	}
+	c, err := tunnel.Parse("benchmark", text)
+	if err != nil {
+		return nil, err
+	}
+	gate, err := tunnel.New(c, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return nil, err
+	}
+	if decides {
+		sink := gate.Sink()
+		sink.Begin(true, time.Now())
+		for i := range decisions {
+			address := netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)})
+			sink.Add(&lapi.Row{ID: i + 1, Scope: "Ip", Value: address.String(), Type: "ban", Origin: "CAPI", Scenario: "benchmark", Duration: "4h"})
+		}
+		sink.Commit()
+	}
+	return gate.For("benchmark"), nil
+}
+
+// runOurs runs our connector before what answers its requests.
+func runOurs(ctx context.Context, p plan, id uuid.UUID, roots *x509.CertPool, answers http.RoundTripper) error {
+	c := cloudflare.New(cloudflare.Options{Name: "benchmark", Version: "benchmark", Log: slog.New(slog.DiscardHandler), Handler: answers})
+	err := c.Apply(ctx, cloudflare.Credentials{Account: p.Account, Tunnel: id, Secret: p.Secret}, cloudflare.Settings{
 		Protocol: cloudflare.Protocol(p.Protocol), Connections: p.Connections, Edge: p.Edge, RootCAs: roots,
 	})
 	if err != nil {

@@ -1,6 +1,8 @@
 // Command tunnel measures the connector beside cloudflared itself: the same
 // requests through the same emulated edge to the same origin service, by turns
-// in one run, over HTTP/2 and QUIC. Each connector is a process of its own, so
+// in one run, over HTTP/2 and QUIC. The connector runs bare, with a gate behind it
+// that only routes, and with one as edgeward-tunnel has it, so that the cost of
+// routes and that of verdicts and signatures show. Each connector is a process of its own, so
 // that its processor time and its memory are its own.
 //
 // It prints Markdown on standard output and what it is doing on standard error,
@@ -96,6 +98,13 @@ type usage struct {
 	Memory, Peak int64 // bytes, resident
 }
 
+// The contestants that are our connector, by what is behind it.
+const (
+	bare     = "edgeward, bare"
+	routing  = "edgeward, routes"
+	deciding = "edgeward, verdicts"
+)
+
 // A contestant is a running connector.
 type contestant struct {
 	name, protocol string
@@ -124,7 +133,7 @@ func measure(ctx context.Context, opts options, out io.Writer) error {
 	var all []*contestant
 	var pids []int
 	for _, protocol := range []string{"http2", "quic"} {
-		for _, name := range []string{"edgeward", "cloudflared"} {
+		for _, name := range []string{bare, routing, deciding, "cloudflared"} {
 			c := &contestant{name: name, protocol: protocol, tunnel: edge.Cloud().AddTunnel(account, name+" "+protocol, nil)}
 			if err := c.start(ctx, edge, origin); err != nil {
 				return fmt.Errorf("start %s over %s: %w", name, protocol, err)
