@@ -74,7 +74,7 @@ func TestTables(t *testing.T) {
 func TestNoAgentSaysWhatToDo(t *testing.T) {
 	for want, why := range map[string]error{
 		"nobody answers at /s: is it running? (systemctl status edgeward-bouncer)": os.ErrNotExist,
-		"nobody answers: only root may ask the agent at /s: use sudo":            os.ErrPermission,
+		"nobody answers: only root may ask the agent at /s: use sudo":              os.ErrPermission,
 	} {
 		err := noAgent("/s", fmt.Errorf("ask: %w: %w", daemon.ErrNotRunning, why))
 		if err.Error() != want || !errors.Is(err, daemon.ErrNotRunning) {
