@@ -28,9 +28,9 @@ func TestQuickRun(t *testing.T) {
 		t.Fatalf("%v; it said:\n%s", err, log.String())
 	}
 	for _, line := range []string{
-		`\| edgeward \| http2 \| [1-9]\d* \| [\d.]+ µs \| [1-9]\d* MiB \| [1-9]\d* MiB \| [1-9]\d* MiB \|`,
+		`\| edgeward, verdicts \| http2 \| [1-9]\d* \| [\d.]+ µs \| [1-9]\d* MiB \| [1-9]\d* MiB \| [1-9]\d* MiB \|`,
 		`\| cloudflared \| quic \| [1-9]\d* \| [\d.]+ µs \| [1-9]\d* MiB \| [1-9]\d* MiB \| [1-9]\d* MiB \|`,
-		`\| edgeward \| quic \| [1-9]\d* MiB/s \| [\d.]+ ms \| [1-9]\d* MiB/s \| [\d.]+ ms \| [1-9]\d* MiB \|`,
+		`\| edgeward, verdicts \| quic \| [1-9]\d* MiB/s \| [\d.]+ ms \| [1-9]\d* MiB/s \| [\d.]+ ms \| [1-9]\d* MiB \|`,
 		`everything else used \d+ % of the machine`,
 	} {
 		if !regexp.MustCompile(line).MatchString(out.String()) {
