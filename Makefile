@@ -32,12 +32,12 @@ demo: tools ## Run the whole gateway on this machine; ONCE=1 proves it and exits
 	@exec dist/demo -programs dist $(if $(ONCE),-once) $(if $(FROM),-from $(FROM))
 
 .PHONY: test
-test: test-plan tools lint test-race test-interpreted test-real ## Prove everything on the real tools: 10 minutes, 40 the first time
+test: test-plan tools lint test-race test-interpreted test-real ## Prove everything on the real tools: 12 minutes, 40 the first time
 
 .PHONY: test-plan
 test-plan:
 	@echo 'make test: the tools, then lint, then the units with -race, then the plugin interpreted by Yaegi,'
-	@echo 'make test: then the suites on the real Traefik and CrowdSec. On two cores about 10 minutes, and'
+	@echo 'make test: then the suites on the real Traefik and CrowdSec. On two cores about 12 minutes, and'
 	@echo 'make test: up to 30 more the first time, to build the tools; cut short, it resumes where it was.'
 
 .PHONY: test-quick
