@@ -253,6 +253,12 @@ func (ns *NS) Forwarding() {
 	ns.Sysctl("ipv6/conf/all/forwarding", "1")
 }
 
+// Forget empties connection tracking.
+func (ns *NS) Forget() {
+	ns.t.Helper()
+	ns.link(func(h *netlink.Handle) error { return h.ConntrackTableFlush(netlink.ConntrackTable) }, unix.NETLINK_NETFILTER)
+}
+
 // Tracked returns how many connections of the namespace's connection tracking
 // began at source.
 func (ns *NS) Tracked(source netip.Addr) int {
