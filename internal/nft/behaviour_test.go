@@ -24,7 +24,7 @@ func TestStops(t *testing.T) {
 		nft  []string // what the administrator reads
 	}{
 		{"default", func(*Config) {}, []string{
-			"type filter hook prerouting priority raw; policy accept;", "tcp flags syn / syn,ack goto source_1",
+			"type filter hook prerouting priority raw; policy accept;", "tcp flags syn / syn,ack goto source4_1",
 			"type filter hook prerouting priority mangle; policy accept;", "ct direction reply accept",
 			"type filter hook postrouting priority mangle; policy accept;", "ct state new tcp flags != syn / syn,ack goto resumed_1",
 			"ip daddr map @bans4_1 goto resumed-banned_1",
@@ -355,6 +355,51 @@ func TestUpdate(t *testing.T) {
 }
 
 // A class that nobody named is no way in.
+// Where no range is banned none is asked for, and the first one brings the rule
+// with it, in observe mode and beside locks too.
+func TestFirstRange(t *testing.T) {
+	for name, change := range map[string]func(*Config){
+		"enforce": func(*Config) {},
+		"observe": func(c *Config) { c.Observe = true },
+		"locks":   func(c *Config) { c.Locks = []Lock{{Name: "nobody", Ports: []uint16{9}}} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			cfg := config()
+			change(&cfg)
+			w.install(cfg, content(nil, ban(bad4)))
+			if asks := strings.Contains(w.nft(), "saddr map @nets"); asks != (name == "locks") {
+				t.Errorf("ranges are asked for: %t", asks)
+			}
+			before := w.counter(Banned, "ban/crowdsec", false)
+			w.update(Changes{PutRanges: []Range{banRange("203.0.113.0", "203.0.113.127")}})
+			if err := w.client.UDP(peer4, w.to(w.host, peer4)); (err == nil) != cfg.Observe {
+				t.Errorf("the first range: %v", err)
+			}
+			if w.counter(Banned, "ban/crowdsec", false) == before {
+				t.Error("the first range counts nothing")
+			}
+			for range 2 {
+				if h := w.read(); !h.Intact || h.Nets4 != 1 {
+					t.Errorf("after the first range: %+v", h)
+				}
+				w.update(Changes{PutRanges: []Range{banRange("198.51.100.0", "198.51.100.255")},
+					DeleteRanges: []Range{banRange("203.0.113.0", "203.0.113.127")}})
+			}
+			listing := w.nft()
+			want := map[string]int{"ip saddr map @nets4_1": 1, "ip6 saddr map @nets6_1": 0}
+			if name == "locks" {
+				want["ip6 saddr map @nets6_1"] = 1
+			}
+			for rule, n := range want {
+				if got := strings.Count(listing, rule); got != n {
+					t.Errorf("%d times %q, not %d", got, rule, n)
+				}
+			}
+		})
+	}
+}
+
 func TestUnknownClass(t *testing.T) {
 	w := newWorld(t)
 	w.install(config(), content(nil, Element{bad4, 77, time.Hour}))

@@ -31,6 +31,7 @@ type Conn struct {
 	live        *layout // installed by this Conn; nil if none is
 	classes     map[uint32]string
 	ranges      map[bool]*ranges // of it, by whether they are IPv6
+	asked       [2]bool          // whether ranges of IPv4 and of IPv6 are asked for
 	fingerprint uint64
 
 	ports ports
@@ -313,6 +314,7 @@ func (c *Conn) build(l *layout, content Content) error {
 	}
 	c.classes = map[uint32]string{}
 	c.ranges = map[bool]*ranges{false: {}, true: {}}
+	c.asked = [2]bool{l.asksRanges(), l.asksRanges()}
 	if err := c.addClasses(l, content.Classes); err != nil {
 		return err
 	}
@@ -468,7 +470,24 @@ func (c *Conn) fill(l *layout, content Content) error {
 	}
 	four.end()
 	six.end()
+	for i := range c.asked {
+		if len(c.ranges[i == 1].kept) > 0 {
+			c.askRanges(l, i == 1)
+		}
+	}
 	return nil
+}
+
+// askRanges has packets asked for ranges from now on.
+func (c *Conn) askRanges(l *layout, six bool) {
+	i := 0
+	if six {
+		i = 1
+	}
+	if !c.asked[i] {
+		c.asked[i] = true
+		c.batch.newRule(l.name("source"+familyOf(six)), l.ask("nets", six), "")
+	}
 }
 
 // drop deletes generations: first what refers, then what is referred to.
@@ -520,7 +539,7 @@ func (c *Conn) Update(changes Changes) error {
 
 func (c *Conn) update(changes Changes, rebuild bool) error {
 	b := c.begin()
-	known := len(c.classes)
+	known, asked := len(c.classes), c.asked
 	before := maps.Clone(c.classes)
 	done, err := c.encode(changes, rebuild)
 	if err == nil {
@@ -528,11 +547,11 @@ func (c *Conn) update(changes Changes, rebuild bool) error {
 	}
 	if err != nil {
 		b.reset(c.sock.next, c.sock.port)
-		c.classes = before
+		c.classes, c.asked = before, asked
 		return err
 	}
 	done()
-	if len(c.classes) != known {
+	if len(c.classes) != known || c.asked != asked {
 		return c.remember()
 	}
 	return nil
@@ -689,6 +708,9 @@ func (c *Conn) encodeRanges(changes Changes, rebuild bool) (done func(), err err
 			add(r)
 		}
 		w.end()
+		if len(of.put) > 0 {
+			c.askRanges(l, six)
+		}
 		before := done
 		done = func() {
 			if before != nil {

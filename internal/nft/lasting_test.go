@@ -245,7 +245,7 @@ func TestOwnership(t *testing.T) {
 	w.install(config(), content(nil, ban(bad4)))
 	// nft 1.0.6 takes the refusal for success where it only flushes.
 	w.node.Exec("nft", "flush", "ruleset")
-	for _, cmd := range []string{"flush table inet edgeward", "delete table inet edgeward", "delete chain inet edgeward source_1"} {
+	for _, cmd := range []string{"flush table inet edgeward", "delete table inet edgeward", "delete chain inet edgeward source4_1"} {
 		if _, err := w.node.Exec("nft", strings.Fields(cmd)...); err == nil {
 			t.Errorf("nft %s: no error", cmd)
 		}
@@ -313,7 +313,7 @@ func TestWatch(t *testing.T) {
 	if h := w.read(); !h.Intact {
 		t.Errorf("another table is not ours: %+v", h)
 	}
-	for _, cmd := range []string{"flush chain inet edgeward source_1", "delete element inet edgeward classes_2 { 1 }", "insert rule inet edgeward prerouting_3 accept", "flush ruleset"} {
+	for _, cmd := range []string{"flush chain inet edgeward source4_1", "delete element inet edgeward classes_2 { 1 }", "insert rule inet edgeward prerouting_3 accept", "flush ruleset"} {
 		w.node.MustExec("nft", strings.Fields(cmd)...)
 		heard(cmd)
 		if h := w.read(); h.Intact || h.Present != (cmd != "flush ruleset") {
@@ -361,11 +361,11 @@ func TestForeignObjects(t *testing.T) {
 			type filter hook prerouting priority -500
 			jump theirs
 		}
-		chain source_1 {
+		chain source4_1 {
 			jump theirs
 		}
 	}
-	insert rule inet edgeward source_1 ip saddr @friends jump theirs`)
+	insert rule inet edgeward source4_1 ip saddr @friends jump theirs`)
 	if h := w.read(); h.Intact {
 		t.Errorf("not noticed: %+v", h)
 	}

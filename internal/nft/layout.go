@@ -20,7 +20,7 @@ import (
 
 // layoutVersion changes with the rules that a Config becomes, so that those of
 // an older release are replaced.
-const layoutVersion = 4
+const layoutVersion = 5
 
 const (
 	defaultSYNPriority = -300 // "raw", before connection tracking
@@ -400,40 +400,56 @@ var hooks = map[Point]struct {
 
 // baseChains hook the generation up. The first rule of each carries the comment.
 func (l *layout) baseChains() []chain {
-	var out []chain
+	base, _ := l.points()
+	return base
+}
+
+// points are the chains at each point, and those that packets of IPv6 go on to
+// from there: a packet is asked its family once in each, because that is much of
+// what a clean one pays.
+func (l *layout) points() (base, six []chain) {
 	c := l.config
+	add := func(point chain, name string, first []exprs, rules func(six bool) []exprs) {
+		other := chain{name: l.name(name + "6"), hook: -1, rules: rules(true)}
+		goes := rule(isFamily(true), exprs{&expr.Verdict{Kind: expr.VerdictGoto, Chain: other.name}})
+		point.name, point.rules = l.name(name), slices.Concat(first, []exprs{goes}, rules(false))
+		base, six = append(base, point), append(six, other)
+	}
 	for _, p := range c.Points {
 		hook := hooks[p]
-		start := l.count(Seen, "")
-		if c.Observe {
-			// There the look-up counts, so this comes before it; see chains.
-			start = append(l.exempt(expr.MetaKeyIIFNAME, nil), start...)
-		}
-		late := chain{name: l.name(hook.name), hook: hook.number, priority: c.Priority}
+		late := chain{hook: hook.number, priority: c.Priority}
+		// The first chain counts, so that each packet is seen once.
+		seen := func(six bool) exprs { return counter(counterName(Seen, "", six)) }
+		source := func(six bool) exprs { return jump("source"+familyOf(six), l) }
 		switch {
+		case c.Observe:
+			// There the look-up counts, so exempt packets leave before it; see chains.
+			add(late, hook.name, l.exempt(expr.MetaKeyIIFNAME, nil), func(six bool) []exprs {
+				return []exprs{seen(six), rule(isReply, accept), source(six)}
+			})
 		case c.DropReplies:
 			late.priority = c.SYNPriority
-			late.rules = append(start, rule(jump("source", l)))
-		case p == Prerouting && !c.Observe:
-			// In observe mode the chain below would count it once more.
-			out = append(out, chain{
-				name: l.name(hook.name + "-syn"), hook: hook.number, priority: c.SYNPriority,
-				rules: append(start, rule(isSYN, jump("source", l))),
+			add(late, hook.name, nil, func(six bool) []exprs { return []exprs{seen(six), source(six)} })
+		case p == Prerouting:
+			add(chain{hook: hook.number, priority: c.SYNPriority}, hook.name+"-syn", nil, func(six bool) []exprs {
+				return []exprs{seen(six), rule(isSYN, source(six))}
 			})
-			late.rules = []exprs{rule(isReply, accept), rule(jump("source", l))}
+			// What opens a connection has been asked about there.
+			add(late, hook.name, []exprs{rule(isReply, accept), rule(isSYN, accept)}, func(six bool) []exprs { return []exprs{source(six)} })
 		default:
-			late.rules = append(start, rule(isReply, accept), rule(jump("source", l)))
+			add(late, hook.name, nil, func(six bool) []exprs {
+				return []exprs{seen(six), rule(isReply, accept), source(six)}
+			})
 		}
-		out = append(out, late)
 		if l.tellsReplies() {
 			hook := resumeHooks[p]
-			out = append(out, chain{
+			base = append(base, chain{
 				name: l.name(hook.name), hook: hook.number, priority: defaultPriority,
 				rules: []exprs{rule(isNew, notSYN, jump("resumed", l))},
 			})
 		}
 	}
-	return out
+	return base, six
 }
 
 // resumeHooks are where packets leave that a point's answer.
@@ -449,22 +465,14 @@ var resumeHooks = map[Point]struct {
 // middle of a connection that nobody knows, does not leave for who is banned.
 func (l *layout) tellsReplies() bool { return !l.config.Observe && !l.config.DropReplies }
 
-// chains are those that the base chains lead to. A packet that "source" does not
-// send on returns to the base chain's end, and passes.
+// chains are those that the base chains lead to. A packet that "source4"
+// or "source6" does not send on has come to the base chain's end, and passes.
 func (l *layout) chains() []chain {
-	source := chain{name: l.name("source"), hook: -1}
-	var out []chain
+	_, out := l.points()
+	for _, six := range []bool{false, true} {
+		out = append(out, l.source(six))
+	}
 	if l.config.Observe {
-		for _, six := range []bool{false, true} {
-			source.rules = append(source.rules,
-				rule(addressIn(six, l.name(allowOf(six)), false), accept),
-				rule(addressIn(six, l.name(waiveBans+familyOf(six)), false), accept))
-		}
-		source.rules = append(source.rules, rule(isNeighbour, accept))
-		for _, m := range banMaps {
-			source.rules = append(source.rules, rule(
-				isFamily(m.six), address(m.six, true), exprs{objectMap{l.name(m.base)}}, jump("observed", l)))
-		}
 		observed := chain{name: l.name("observed"), hook: -1}
 		observed.rules = append(l.logging("banned"), l.verdict()...)
 		out = append(out, observed)
@@ -491,13 +499,9 @@ func (l *layout) chains() []chain {
 		if l.tellsReplies() {
 			out = append(out, l.resumed()...)
 		}
-		for _, m := range banMaps {
-			source.rules = append(source.rules, l.classOf(m.base, m.six, true, "banned"))
-		}
 	}
 	for i := range l.config.Locks {
 		closed := chain{name: l.lock(i, "closed"), hook: -1, rules: l.exempt(expr.MetaKeyIIFNAME, nil)}
-		source.rules = append(source.rules, l.lockRules(i)...)
 		for _, six := range []bool{false, true} {
 			closed.rules = append(closed.rules,
 				rule(addressIn(six, l.name(allowOf(six)), false), counter(counterName(Protected, "", six)), accept),
@@ -509,8 +513,43 @@ func (l *layout) chains() []chain {
 		closed.rules = append(closed.rules, l.verdict()...)
 		out = append(out, closed)
 	}
-	return append(out, source)
+	return out
 }
+
+// source asks for the source of a packet of one family. Each rule names the family
+// again, because nft cannot read a listing otherwise.
+func (l *layout) source(six bool) chain {
+	out := chain{name: l.name("source" + familyOf(six)), hook: -1}
+	if l.config.Observe {
+		out.rules = append(out.rules,
+			rule(addressIn(six, l.name(allowOf(six)), false), accept),
+			rule(addressIn(six, l.name(waiveBans+familyOf(six)), false), accept))
+		if six {
+			out.rules = append(out.rules, rule(isNeighbour, accept))
+		}
+	}
+	out.rules = append(out.rules, l.ask("bans", six))
+	if l.asksRanges() {
+		out.rules = append(out.rules, l.ask("nets", six))
+	}
+	for i := range l.config.Locks {
+		out.rules = append(out.rules, l.lockRules(i, six)...)
+	}
+	return out
+}
+
+// ask sends packets on whose source a map of bans holds.
+func (l *layout) ask(base string, six bool) exprs {
+	if l.config.Observe {
+		return rule(isFamily(six), address(six, true), exprs{objectMap{l.name(base + familyOf(six))}}, jump("observed", l))
+	}
+	return l.classOf(base+familyOf(six), six, true, "banned")
+}
+
+// asksRanges reports whether ranges are asked for from the start, as they have to
+// be before locks. Otherwise that is the last rule of all, and comes with the first
+// range: where there is none, clean packets do not pay for it.
+func (l *layout) asksRanges() bool { return len(l.config.Locks) > 0 }
 
 // resumed stops what would resume a connection to a banned address. Who is not to
 // be stopped is asked first, unlike in "banned": so a packet that passes keeps its
@@ -524,8 +563,10 @@ func (l *layout) resumed() []chain {
 				isFamily(six), address(six, false), exprs{&expr.Lookup{SourceRegister: 1, SetName: l.name(set)}}, accept))
 		}
 	}
-	for _, m := range banMaps {
-		look.rules = append(look.rules, l.classOf(m.base, m.six, false, "resumed-banned"))
+	for _, six := range []bool{false, true} {
+		for _, base := range banMaps {
+			look.rules = append(look.rules, l.classOf(base+familyOf(six), six, false, "resumed-banned"))
+		}
 	}
 	stop := chain{name: l.name("resumed-banned"), hook: -1, rules: l.count(Resumed, "")}
 	stop.rules = append(stop.rules, rule(exprs{&expr.Verdict{Kind: expr.VerdictDrop}}))
@@ -540,11 +581,8 @@ func (l *layout) classOf(base string, six, source bool, to string) exprs {
 		setMark, jump(to, l))
 }
 
-// banMaps are the maps of bans, those that most packets ask first.
-var banMaps = []struct {
-	base          string
-	six, interval bool
-}{{"bans4", false, false}, {"nets4", false, true}, {"bans6", true, false}, {"nets6", true, true}}
+// banMaps begin the names of the maps of bans, those that most packets ask first.
+var banMaps = []string{"bans", "nets"}
 
 func allowOf(six bool) string { return "allow" + familyOf(six) }
 
@@ -570,9 +608,9 @@ func (l *layout) waivers() []string {
 	return []string{waiveBans, waiveLocks}
 }
 
-// lockRules lead packets to a closed port of this machine, or of To, to the
-// lock's chain.
-func (l *layout) lockRules(i int) []exprs {
+// lockRules lead packets of one family to a closed port of this machine, or of To,
+// to the lock's chain.
+func (l *layout) lockRules(i int, six bool) []exprs {
 	var out []exprs
 	port := exprs{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
@@ -582,21 +620,17 @@ func (l *layout) lockRules(i int) []exprs {
 		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.NativeEndian.AppendUint32(nil, unix.RTN_LOCAL)},
 	}
-	to4, to6 := prefixSpans(l.config.Locks[i].To)
+	spans, to6 := prefixSpans(l.config.Locks[i].To)
+	if six {
+		spans = to6
+	}
+	closed := exprs{&expr.Verdict{Kind: expr.VerdictGoto, Chain: l.lock(i, "closed")}}
+	stranger := addressIn(six, l.lock(i, "from"+familyOf(six)), true)
 	for _, proto := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
-		for _, six := range []bool{false, true} {
-			family, spans := "4", to4
-			if six {
-				family, spans = "6", to6
-			}
-			closed := exprs{&expr.Verdict{Kind: expr.VerdictGoto, Chain: l.lock(i, "closed")}}
-			stranger := addressIn(six, l.lock(i, "from"+family), true)
-			out = append(out, rule(isFamily(six), isProtocol(proto), port, stranger, local, closed))
-			if len(spans) > 0 {
-				dst := address(six, false)
-				dst = append(dst, &expr.Lookup{SourceRegister: 1, SetName: l.lock(i, "to"+family)})
-				out = append(out, rule(isFamily(six), isProtocol(proto), port, stranger, dst, closed))
-			}
+		out = append(out, rule(isFamily(six), isProtocol(proto), port, stranger, local, closed))
+		if len(spans) > 0 {
+			dst := rule(address(six, false), exprs{&expr.Lookup{SourceRegister: 1, SetName: l.lock(i, "to"+familyOf(six))}})
+			out = append(out, rule(isFamily(six), isProtocol(proto), port, stranger, dst, closed))
 		}
 	}
 	return out

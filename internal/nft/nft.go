@@ -13,8 +13,8 @@
 //
 // A single address is an element of a hash map from address to class mark
 // (bans4, bans6), a range one of a small interval map (nets4, nets6). A packet
-// that hits neither leaves as it came: it has paid one look-up in each. One that
-// hits is asked first whether it comes from a protected address (allow4,
+// that hits neither leaves as it came: it has paid one look-up in the first, and
+// one in the second where there are ranges at all. One that hits is asked first whether it comes from a protected address (allow4,
 // allow6) or one for which bans are waived for a time (waive4, waive6, with
 // timeouts), then takes its class as mark, and the verdict map "classes" sends it
 // to the chain of that class, which counts, logs and drops. That is two steps,

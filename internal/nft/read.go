@@ -351,12 +351,12 @@ func (c *Conn) Sample(addrs []netip.Addr) ([]Found, error) {
 	for _, a := range addrs {
 		a = a.Unmap()
 		var f Found
-		for _, m := range banMaps {
-			if f.Banned() || m.six != a.Is6() {
-				continue
+		for _, base := range banMaps {
+			if f.Banned() {
+				break
 			}
 			var err error
-			if f, err = c.find(l.name(m.base), a); err != nil {
+			if f, err = c.find(l.name(base+familyOf(a.Is6())), a); err != nil {
 				return nil, fmt.Errorf("look up %v: %w", a, err)
 			}
 		}
