@@ -210,7 +210,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	count(descPulls, told.Pulls-told.Fulls, "delta")
 	count(descDoubts, told.Doubts)
 	if !told.Last.IsZero() {
-		gauge(descPulled, float64(told.Last.UnixMilli())/1000)
+		gauge(descPulled, float64(g.clock.shown(told.Last).UnixMilli())/1000)
 	}
 	for reason, v := range told.Skipped {
 		count(descSkipped, v, reason)

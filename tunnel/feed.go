@@ -125,10 +125,10 @@ func (s *sight) stale(now time.Time, maxAge time.Duration) bool {
 // sink takes in the decision stream.
 func (f *feed) sink() lapi.Sink {
 	return lapi.Sink{
-		Begin: func(full bool, at time.Time) {
+		Begin: func(full bool, _ time.Time) { // the stream goes by the time of day
 			f.mu.Lock()
 			defer f.mu.Unlock()
-			f.delta = f.store.NewDelta(full, at)
+			f.delta = f.store.NewDelta(full, f.now())
 		},
 		Add: func(r *lapi.Row) {
 			f.row = decision.Row(*r)

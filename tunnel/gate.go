@@ -3,7 +3,6 @@ package tunnel
 import (
 	"errors"
 	"html/template"
-	"io"
 	"log/slog"
 	"net/http"
 	"net/textproto"
@@ -21,18 +20,17 @@ import (
 // process. Make it with New, give its Sink to a decision stream, and hand For's
 // transports to the connectors. It may be used by any number of goroutines.
 type Gate struct {
-	setup    atomic.Pointer[setup]
-	feed     *feed
-	throttle *throttle
-	counts   *counts
-	streams  streams
-	inFlight atomic.Int64 // requests that are with an origin service
-	refusals *paced       // lines on refused requests
-	oddities *paced       // lines on requests as the edge sends none
-	troubles *paced       // lines on services that do not answer
-	log      *slog.Logger
-	now      func() time.Time
-	began    time.Time
+	setup     atomic.Pointer[setup]
+	feed      *feed
+	throttle  *throttle
+	counts    *counts
+	exchanges exchanges
+	refusals  *paced // lines on refused requests
+	oddities  *paced // lines on requests as the edge sends none
+	troubles  *paced // lines on services that do not answer
+	log       *slog.Logger
+	clock     clock
+	began     time.Time
 
 	mu sync.Mutex // one Apply at a time
 }
@@ -49,15 +47,15 @@ type setup struct {
 // where the configuration names one it fails: nothing is in force yet that could
 // stay.
 func New(c Config, log *slog.Logger) (*Gate, error) {
-	return newGate(c, time.Now, log)
+	return newGate(c, newClock(), log)
 }
 
-func newGate(c Config, now func() time.Time, log *slog.Logger) (*Gate, error) {
+func newGate(c Config, clock clock, log *slog.Logger) (*Gate, error) {
 	log = log.With("component", "gate")
 	g := &Gate{
-		feed: newFeed(c.policy(), now, log), throttle: newThrottle(), counts: newCounts(),
+		feed: newFeed(c.policy(), clock.now, log), throttle: newThrottle(), counts: newCounts(),
 		refusals: newPaced(log, slog.LevelInfo), oddities: newPaced(log, slog.LevelWarn), troubles: newPaced(log, slog.LevelWarn),
-		log: log, now: now, began: now(),
+		log: log, clock: clock, began: clock.now(),
 	}
 	if err := g.Apply(c); err != nil {
 		return nil, err
@@ -66,10 +64,10 @@ func newGate(c Config, now func() time.Time, log *slog.Logger) (*Gate, error) {
 }
 
 // Apply puts a configuration in force, at once and for every tunnel; requests
-// under way end as they began, but for streams of visitors whom it bans. On an
-// error nothing changes. What lapi, listen,
-// socket and logFormat say is for the next start. Applying the same
-// configuration again reads the files that it names again.
+// under way end as they began, but for those of visitors whom it bans. On an
+// error nothing changes. What lapi, listen, socket and logFormat say is for the
+// next start. Applying the same configuration again reads the files that it
+// names again.
 func (g *Gate) Apply(c Config) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -95,7 +93,7 @@ func (g *Gate) Apply(c Config) error {
 }
 
 // Sink takes in the decision stream of the scopes in Scopes. A ban holds for the
-// next request of a visitor, and ends WebSockets that are open.
+// next request of a visitor, and cuts what is under way.
 func (g *Gate) Sink() lapi.Sink {
 	s := g.feed.sink()
 	commit := s.Commit
@@ -160,51 +158,61 @@ func (g *Gate) pass(set *setup, tunnel string, req *http.Request) (res *http.Res
 	if to != nil {
 		label = to.name
 	}
+	seen := g.feed.seen.Load()
 	if set.config.hasLAPI {
-		if refused := g.judge(set, req, in, to); refused != nil {
+		if refused := g.judge(set, seen, req, in, to); refused != nil {
 			return refused, label, nil
 		}
 	}
 	if to == nil {
 		return g.answer(set, req, refusal{Status: http.StatusNotFound, Reason: "There is no such site here.", Address: in.addr.String()}), label, nil
 	}
-	if g.inFlight.Add(1) > mostInFlight {
-		g.inFlight.Add(-1)
+	e, ok := g.exchanges.begin(req, in)
+	if !ok {
 		return g.overloaded(set, req, to), label, nil
 	}
-	over := sync.OnceFunc(func() { g.inFlight.Add(-1) })
+	handed := false // to the connector, which closes it
 	defer func() {
-		if res == nil || res.Body == nil {
-			over()
-		} else {
-			res.Body = held(res.Body, over)
+		if !handed {
+			e.end()
 		}
 	}()
+	if g.feed.seen.Load() != seen || g.setup.Load() != set {
+		g.recheck(e) // news that came since it was judged, and before it could be found
+		if e.cut.Load() {
+			return g.answer(set, req, e.banned(set)), label, nil
+		}
+	}
 	out := in.outgoing(req, to)
+	if out.Body != nil && out.Body != http.NoBody {
+		e.request = out.Body
+		out.Body = upload{e}
+	}
 	if set.signer != nil {
-		out.Header[IdentityHeader] = []string{set.signer.Sign(g.now(), in.scheme, in.addr, out.Method, out.Host)}
+		in.set(IdentityHeader, set.signer.Sign(g.clock.wall(), in.scheme, in.addr, out.Method, out.Host))
 	}
 	res, err = to.origin.transport(in.upgrade).RoundTrip(out)
-	if err != nil {
-		if req.Context().Err() != nil {
-			return nil, label, err // nobody is there to be told
-		}
+	switch {
+	case err == nil:
+	case e.cut.Load():
+		return g.answer(set, req, e.banned(set)), label, nil
+	case req.Context().Err() != nil:
+		return nil, label, err // nobody is there to be told
+	default:
 		return g.unanswered(set, req, to, err), label, nil
 	}
 	scrub(res)
-	if res.StatusCode == http.StatusSwitchingProtocols {
-		if !in.upgrade {
-			res.Body.Close()
-			return g.unanswered(set, req, to, errUnasked), label, nil
-		}
-		g.follow(req, in, res)
+	if res.StatusCode == http.StatusSwitchingProtocols && !in.upgrade {
+		res.Body.Close()
+		return g.unanswered(set, req, to, errUnasked), label, nil
 	}
-	return res, label, nil
+	if body := e.answered(res.Body); body != nil {
+		res.Body, handed = body, true
+		return res, label, nil
+	}
+	res.Body.Close()
+	return g.answer(set, req, e.banned(set)), label, nil
 }
-
-// mostInFlight is how many requests may be with origin services at a time. It is
-// more than a home has visitors for, and what they cost fits into a small pod.
-const mostInFlight = 4096
 
 // errUnasked is why the answer to a plain request is not passed on.
 var errUnasked = errors.New("it switches protocols unasked")
@@ -212,35 +220,11 @@ var errUnasked = errors.New("it switches protocols unasked")
 // overloaded is what a visitor sees of a site when too much is going on.
 func (g *Gate) overloaded(set *setup, req *http.Request, to *route) *http.Response {
 	g.counts.unanswered(to.name, "overload")
-	g.troubles.line("too many requests are under way", "host", to.name, "most", mostInFlight)
+	g.troubles.line("too many requests are under way", "host", to.name, "most", mostExchanges)
 	res := g.answer(set, req, refusal{Status: http.StatusServiceUnavailable, Reason: "Too much is going on here just now. Try again in a moment."})
 	res.Header.Set("Retry-After", "5")
 	return res
 }
-
-// held is a body that tells of its end, and can be written to if it could.
-func held(body io.ReadCloser, over func()) io.ReadCloser {
-	if both, ok := body.(io.ReadWriteCloser); ok {
-		return heldStream{both, over}
-	}
-	return heldBody{body, over}
-}
-
-type heldBody struct {
-	io.ReadCloser
-	over func()
-}
-
-// Close ends the body.
-func (b heldBody) Close() error { defer b.over(); return b.ReadCloser.Close() }
-
-type heldStream struct {
-	io.ReadWriteCloser
-	over func()
-}
-
-// Close ends the stream.
-func (s heldStream) Close() error { defer s.over(); return s.ReadWriteCloser.Close() }
 
 // unanswered is what a visitor sees of a service that does not answer.
 func (g *Gate) unanswered(set *setup, req *http.Request, to *route, err error) *http.Response {
@@ -255,9 +239,8 @@ func (g *Gate) unanswered(set *setup, req *http.Request, to *route, err error) *
 }
 
 // judge answers a request that must not pass, and returns nil for all others.
-func (g *Gate) judge(set *setup, req *http.Request, in *incoming, to *route) *http.Response {
-	now := g.now()
-	s := g.feed.seen.Load()
+func (g *Gate) judge(set *setup, s *sight, req *http.Request, in *incoming, to *route) *http.Response {
+	now := g.clock.now()
 	g.counts.processed(in.addr)
 	verdict := s.lookup(in.addr, in.country, now)
 	var r refusal
@@ -276,7 +259,7 @@ func (g *Gate) judge(set *setup, req *http.Request, in *incoming, to *route) *ht
 		r = refusal{Status: http.StatusTooManyRequests, Reason: "Too many requests.", slug: "throttle"}
 	default:
 		// A captcha is a ban where there is none to solve.
-		r = refusal{Status: set.config.Ban.Status, Reason: "Access from your network is blocked.", slug: "decision"}
+		r = blocked(set)
 	}
 	r.Address, r.Decision = in.addr.String(), verdict.ID
 	observe := set.config.Mode == Observe
@@ -290,7 +273,7 @@ func (g *Gate) judge(set *setup, req *http.Request, in *incoming, to *route) *ht
 		"host", shortened(in.host), "path", shortened(req.URL.Path),
 	}
 	if verdict.Remediation != decision.Allow {
-		attrs = append(attrs, provenance(verdict, in.country)...)
+		attrs = append(attrs, g.provenance(verdict, in.country)...)
 	}
 	g.refusals.line(message, attrs...)
 	if observe {
@@ -303,15 +286,20 @@ func (g *Gate) judge(set *setup, req *http.Request, in *incoming, to *route) *ht
 	return res
 }
 
+// blocked is what a visitor is told who is banned.
+func blocked(set *setup) refusal {
+	return refusal{Status: set.config.Ban.Status, Reason: "Access from your network is blocked.", slug: "decision"}
+}
+
 // provenance is what a log line says of a decision on a visitor from country.
-func provenance(v decision.Verdict, country string) []any {
+func (g *Gate) provenance(v decision.Verdict, country string) []any {
 	value := v.Prefix.String()
 	if !v.Prefix.IsValid() {
 		value = country
 	}
 	return []any{
 		"decision", v.ID, "remediation", v.Remediation.Name(), "type", shortened(v.Type), "value", value,
-		"origin", shortened(v.Origin), "scenario", shortened(v.Scenario), "until", v.Until.UTC().Format(time.RFC3339),
+		"origin", shortened(v.Origin), "scenario", shortened(v.Scenario), "until", g.clock.shown(v.Until).UTC().Format(time.RFC3339),
 	}
 }
 
@@ -334,26 +322,37 @@ func (in *incoming) outgoing(req *http.Request, to *route) *http.Request {
 	}
 	out.RequestURI, out.Close, out.TransferEncoding, out.Header = "", false, nil, in.header
 	address := in.addr.String()
-	h := in.header
-	h["Cf-Connecting-Ip"] = []string{address}
-	h["X-Forwarded-For"] = []string{address}
-	h["X-Real-Ip"] = []string{address}
-	h["X-Forwarded-Proto"] = []string{in.scheme}
-	h["X-Forwarded-Host"] = []string{req.Host}
+	in.set("Cf-Connecting-Ip", address)
+	in.set("X-Forwarded-For", address)
+	in.set("X-Real-Ip", address)
+	in.set("X-Forwarded-Proto", in.scheme)
+	in.set("X-Forwarded-Host", req.Host)
 	if in.upgrade {
-		h["Connection"] = []string{"Upgrade"}
-		h["Upgrade"] = []string{"websocket"}
+		in.set("Connection", "Upgrade")
+		in.set("Upgrade", "websocket")
 		out.Body, out.ContentLength = nil, 0
 	} else {
 		if in.trailers {
-			h["Te"] = []string{"trailers"}
+			in.set("Te", "trailers")
 		}
 		if req.ContentLength == 0 {
 			out.Body = http.NoBody // as a server reads a request without a length
 		}
 	}
-	if _, ok := h["User-Agent"]; !ok {
-		h["User-Agent"] = []string{""} // or the transport would name itself
+	if _, ok := in.header["User-Agent"]; !ok {
+		in.set("User-Agent", "") // or the transport would name itself
 	}
 	return out
+}
+
+// set sets a header that the gate stands for, whose name is in its usual form.
+// The values lie side by side, each with no room for another, which spares the
+// request an allocation for each.
+func (in *incoming) set(name, value string) {
+	if in.values == nil {
+		in.values = make([]string, 0, 9) // an upgrade has the most
+	}
+	n := len(in.values)
+	in.values = append(in.values, value)
+	in.header[name] = in.values[n : n+1 : n+1]
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -16,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -37,14 +39,21 @@ type world struct {
 	logs   *strings.Builder
 	config string
 
-	mu  sync.Mutex
-	now time.Time
+	mu   sync.Mutex
+	now  time.Time
+	jump time.Duration // of the wall clock
 }
 
 func (w *world) clock() time.Time {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.now
+}
+
+func (w *world) wall() time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.now.Add(w.jump)
 }
 
 func (w *world) wait(d time.Duration) {
@@ -75,7 +84,7 @@ func newWorld(t testing.TB, config string) *world {
 	if err := os.WriteFile(filepath.Join(w.dir, "key"), []byte(signingKey), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	gate, err := newGate(w.parse(config), w.clock, slog.New(slog.NewTextHandler(&safe{to: w.logs}, nil)))
+	gate, err := newGate(w.parse(config), clock{w.clock, w.wall}, slog.New(slog.NewTextHandler(&safe{to: w.logs}, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -638,9 +647,185 @@ func TestWebSocket(t *testing.T) {
 			t.Errorf("%d are counted as dropped", n)
 		}
 		both.Close()
-		if n := len(w.gate.streams.open); n != 0 {
-			t.Errorf("%d streams are remembered", n)
+		if n := w.gate.exchanges.n; n != 0 || w.gate.exchanges.first != nil {
+			t.Errorf("%d exchanges are remembered", n)
 		}
+	}
+}
+
+// TestBansCutWhatIsUnderWay bans a visitor who has something of every kind under
+// way with services of both protocols: all of it ends at once, and nobody else's.
+func TestBansCutWhatIsUnderWay(t *testing.T) {
+	arrived := make(chan string)
+	left := make(chan struct{})
+	service := httptest.NewUnstartedServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		control := http.NewResponseController(rw)
+		_ = control.EnableFullDuplex()
+		switch r.URL.Path {
+		case "/events": // goes silent after the first
+			fmt.Fprint(rw, "data: 0\n\n")
+			_ = control.Flush()
+			<-r.Context().Done()
+		case "/download":
+			for piece := make([]byte, 1<<10); r.Context().Err() == nil; time.Sleep(time.Millisecond) {
+				_, _ = rw.Write(piece)
+			}
+		case "/stream": // answers while it hears
+			_ = control.Flush()
+			_, _ = io.Copy(rw, r.Body)
+		case "/upload": // hears all before it answers
+			arrived <- r.URL.Path
+			_, _ = io.Copy(io.Discard, r.Body)
+		case "/late": // answers when it is too late
+			wait := left
+			arrived <- r.URL.Path
+			<-wait
+			fmt.Fprint(rw, "a secret")
+		}
+	}))
+	service.Config.Protocols = new(http.Protocols)
+	service.Config.Protocols.SetHTTP1(true)
+	service.Config.Protocols.SetUnencryptedHTTP2(true)
+	service.Start()
+	defer service.Close()
+	for _, http2 := range []string{"false", "true"} {
+		w := newWorld(t, lapiSection+oneTunnel+`hosts: [{host: app.example.com, service: "`+service.URL+`", origin: {http2: `+http2+`}}]`+"\n")
+		w.pull(true)
+		left = make(chan struct{})
+		const banned, other = "203.0.113.66", "203.0.113.7"
+		type end struct {
+			path, from string
+			status     int
+			err        error
+		}
+		ends := make(chan end, 16)
+		var leave []io.Closer
+		open := func(path, from string, upload bool) {
+			req := visit("GET", "http://app.example.com"+path, from)
+			if upload {
+				visitor, body := io.Pipe()
+				leave = append(leave, visitor)
+				req.Method, req.Body, req.ContentLength = "POST", visitor, -1
+				go func() {
+					for {
+						if _, err := body.Write(make([]byte, 4<<10)); err != nil {
+							return
+						}
+						time.Sleep(time.Millisecond)
+					}
+				}()
+			}
+			ready := make(chan struct{})
+			go func() {
+				res, err := w.gate.For("home").RoundTrip(req)
+				if err != nil {
+					ends <- end{path, from, 0, err}
+					return
+				}
+				if path != "/upload" && path != "/late" {
+					_, _ = res.Body.Read(make([]byte, 1))
+					close(ready)
+				}
+				_, err = io.Copy(io.Discard, res.Body)
+				res.Body.Close()
+				ends <- end{path, from, res.StatusCode, err}
+			}()
+			if path == "/upload" || path == "/late" {
+				<-arrived
+			} else {
+				<-ready
+			}
+		}
+		for _, path := range []string{"/events", "/download", "/late"} {
+			open(path, banned, false)
+		}
+		for _, path := range []string{"/stream", "/upload"} {
+			open(path, banned, true)
+		}
+		open("/events", other, false)
+		w.pull(false, row(1, banned, "ban", "cscli"))
+		close(left)
+		for range 5 {
+			select {
+			case e := <-ends:
+				// What had no answer yet gets the same as a new request.
+				late := e.path == "/upload" || e.path == "/late"
+				if e.from != banned || late && (e.status != 403 || e.err != nil) || !late && (e.status != 200 || e.err == nil) {
+					t.Errorf("http2 %s: %s of %s ends with %d, %v", http2, e.path, e.from, e.status, e.err)
+				}
+			case <-time.After(10 * time.Second):
+				t.Fatalf("http2 %s: something of a banned visitor goes on; the log is %s", http2, w.logs)
+			}
+		}
+		select {
+		case e := <-ends:
+			t.Errorf("%s of another visitor ends with %v", e.path, e.err)
+		case <-time.After(50 * time.Millisecond):
+		}
+		if n := strings.Count(w.logs.String(), "stream cut"); n != 5 {
+			t.Errorf("%d lines say that something was cut: %s", n, w.logs)
+		}
+		w.pull(false, row(2, other, "ban", "cscli"))
+		<-ends
+		if n := w.gate.exchanges.n; n != 0 || w.gate.exchanges.first != nil {
+			t.Errorf("%d exchanges are remembered", n)
+		}
+		for _, l := range leave {
+			l.Close()
+		}
+	}
+}
+
+// TestNothingSlipsPastABan has requests that would never end come at the very
+// moment of a ban: each is refused or cut.
+func TestNothingSlipsPastABan(t *testing.T) {
+	service := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(rw).Flush()
+		<-r.Context().Done()
+	}))
+	defer service.Close()
+	w := newWorld(t, lapiSection+oneTunnel+`hosts: [{host: app.example.com, service: "`+service.URL+`"}]`+"\n")
+	const banned = "203.0.113.66"
+	var refused, cut atomic.Int64
+	for range 200 {
+		w.pull(true)
+		var requests sync.WaitGroup
+		for range 4 {
+			requests.Go(func() {
+				time.Sleep(rand.N(600 * time.Microsecond))
+				res, err := w.gate.For("home").RoundTrip(visit("GET", "http://app.example.com/", banned))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				_, err = io.Copy(io.Discard, res.Body)
+				res.Body.Close()
+				if res.StatusCode == 403 {
+					refused.Add(1)
+				} else {
+					cut.Add(1)
+				}
+				if (res.StatusCode == 403) != (err == nil) {
+					t.Errorf("answered %d, and then %v", res.StatusCode, err)
+				}
+			})
+		}
+		time.Sleep(rand.N(600 * time.Microsecond))
+		w.pull(true, row(1, banned, "ban", "cscli"))
+		over := make(chan struct{})
+		go func() { requests.Wait(); close(over) }()
+		select {
+		case <-over:
+		case <-time.After(10 * time.Second):
+			t.Fatal("a request slipped through")
+		}
+		s := w.gate.Sink()
+		s.Begin(false, w.clock())
+		s.Delete(1)
+		s.Commit()
+	}
+	if refused.Load() == 0 || cut.Load() == 0 {
+		t.Errorf("%d requests were refused, %d cut: the test met no moment between", refused.Load(), cut.Load())
 	}
 }
 
@@ -692,9 +877,16 @@ func TestApplyChangesEverythingAtOnce(t *testing.T) {
 
 func TestWhy(t *testing.T) {
 	w := newWorld(t, gateConfig)
-	w.pull(true, row(1, "203.0.113.0/24", "captcha", "CAPI"), row(2, "203.0.113.66", "ban", "crowdsec"))
+	w.pull(true, row(1, "203.0.113.0/24", "captcha", "CAPI"), row(2, "203.0.113.66", "ban", "crowdsec"),
+		row(3, "198.51.100.1", "throttle", "crowdsec"))
 	y := w.gate.Why(netip.MustParseAddr("203.0.113.66"))
 	if y.Verdict != "ban" || len(y.Decisions) != 2 || y.Decisions[0].ID != 2 || !y.Decisions[0].Enforced {
+		t.Errorf("%+v", y)
+	}
+	if want := "its requests are answered 403 until " + w.clock().Add(time.Hour).Format(time.DateTime); y.Says != want {
+		t.Errorf("why says %q, want %q", y.Says, want)
+	}
+	if y := w.gate.Why(netip.MustParseAddr("198.51.100.1")); y.Verdict != "throttle" || !strings.HasPrefix(y.Says, "30 of its requests a minute pass, and more are answered 429 until ") {
 		t.Errorf("%+v", y)
 	}
 	if y := w.gate.Why(netip.MustParseAddr("203.0.113.99")); y.Verdict != "allow" || len(y.Decisions) != 1 || y.Decisions[0].Because != "the address is in decisions.allow" {
@@ -770,6 +962,67 @@ func BenchmarkVerdict(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// TestJumpOfTheClock sets the wall clock forth and back by years: no decision
+// ends or lasts because of that, nothing known grows old, and what people and the
+// plugin read follows the wall.
+func TestJumpOfTheClock(t *testing.T) {
+	for _, jump := range []time.Duration{50 * 365 * 24 * time.Hour, 2 * time.Hour, -2 * time.Hour, -50 * 365 * 24 * time.Hour} {
+		w := newWorld(t, gateConfig)
+		w.pull(true, row(1, "203.0.113.66", "ban", "cscli"), row(2, "203.0.113.67", "throttle", "cscli"))
+		w.mu.Lock()
+		w.jump = jump
+		w.mu.Unlock()
+		banned := func() int { return w.status(visit("GET", "http://app.example.com/", "203.0.113.66")) }
+		if got := banned(); got != 403 {
+			t.Errorf("after a jump by %v a banned visitor gets %d", jump, got)
+		}
+		_, body := w.ask("home", visit("GET", "http://app.example.com/", "203.0.113.7")) // where it fails closed
+		if want := fmt.Sprintf("v1 %d https 203.0.113.7", w.wall().Unix()); !strings.Contains(body, want) {
+			t.Errorf("after a jump by %v the service sees %s, want %s", jump, body, want)
+		}
+		until := w.wall().Add(time.Hour).UTC().Format(time.RFC3339)
+		if !strings.Contains(w.logs.String(), "until="+until) {
+			t.Errorf("after a jump by %v the log is %s, want until %s", jump, w.logs, until)
+		}
+		if y := w.gate.Why(netip.MustParseAddr("203.0.113.66")); len(y.Decisions) != 1 || !y.Decisions[0].Until.Equal(w.wall().Add(time.Hour)) {
+			t.Errorf("after a jump by %v: %+v", jump, y)
+		}
+		if s := w.gate.Status(nil).LAPI; !s.Answering || !s.LastPull.Equal(w.wall()) {
+			t.Errorf("after a jump by %v LAPI stands as %+v", jump, s)
+		}
+		passed := 0
+		for range 20 {
+			if w.status(visit("GET", "http://app.example.com/", "203.0.113.67")) == 200 {
+				passed++
+			}
+		}
+		if passed != throttleBurst {
+			t.Errorf("after a jump by %v a throttled visitor gets %d of 20 requests through", jump, passed)
+		}
+		// An hour later the ban is over, whatever the wall says.
+		w.wait(time.Hour + time.Second)
+		w.pull(false)
+		if got := banned(); got != 200 {
+			t.Errorf("when its ban is over a visitor gets %d", got)
+		}
+	}
+}
+
+// BenchmarkExchange is what it costs every request that a ban can cut it.
+func BenchmarkExchange(b *testing.B) {
+	w := newWorld(b, gateConfig)
+	req := visit("GET", "http://app.example.com/", "203.0.113.7")
+	in, _ := read(req)
+	for range 64 { // under way meanwhile
+		_, _ = w.gate.exchanges.begin(req, in)
+	}
+	b.ReportAllocs()
+	for range b.N {
+		e, _ := w.gate.exchanges.begin(req, in)
+		e.end()
 	}
 }
 
@@ -976,7 +1229,7 @@ func TestUnaskedSwitchOfProtocols(t *testing.T) {
 func TestTooManyAtOnce(t *testing.T) {
 	w := newWorld(t, gateConfig)
 	w.pull(true)
-	w.gate.inFlight.Store(mostInFlight - 1)
+	w.gate.exchanges.n = mostExchanges - 1
 	one, err := w.gate.For("home").RoundTrip(visit("GET", "http://app.example.com/", "203.0.113.7"))
 	if err != nil || one.StatusCode != 200 {
 		t.Fatalf("the last that fits: %v, %v", one, err)
@@ -989,8 +1242,8 @@ func TestTooManyAtOnce(t *testing.T) {
 	}
 	one.Body.Close()
 	one.Body.Close()
-	if got := w.status(visit("GET", "http://app.example.com/", "203.0.113.7")); got != 200 || w.gate.inFlight.Load() != mostInFlight-1 {
-		t.Errorf("after it: %d, %d in flight", got, w.gate.inFlight.Load())
+	if got := w.status(visit("GET", "http://app.example.com/", "203.0.113.7")); got != 200 || w.gate.exchanges.n != mostExchanges-1 {
+		t.Errorf("after it: %d, %d under way", got, w.gate.exchanges.n)
 	}
 }
 

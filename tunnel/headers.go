@@ -19,6 +19,7 @@ type incoming struct {
 	upgrade  bool   // to a WebSocket
 	trailers bool   // TE: trailers
 	header   http.Header
+	values   []string // of the headers that set has set
 }
 
 // headerLimit is as much as the edge passes on, in bytes.
@@ -61,7 +62,8 @@ func read(req *http.Request) (*incoming, string) {
 		len(req.Method) > 32 || !httpguts.ValidHeaderFieldName(req.Method) {
 		return nil, badTarget
 	}
-	in.header = make(http.Header, len(req.Header)+8)
+	// Room for what outgoing adds: it replaces at least three that the edge sends.
+	in.header = make(http.Header, len(req.Header)+4)
 	size := 0
 	var visitor, visitor6, country, proto, connection []string
 	for name, values := range req.Header {

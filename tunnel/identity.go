@@ -1,7 +1,6 @@
 package tunnel
 
 import (
-	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
@@ -125,14 +124,18 @@ func (s *Signer) Sign(now time.Time, scheme string, addr netip.Addr, method, hos
 	text = append(text, bareHost(host)...)
 	value := make([]byte, 0, 160)
 	value = append(value, "v1 "...)
-	value = append(value, bytes.ReplaceAll(text[from:to], []byte{'\n'}, []byte{' '})...)
-	var sum [sha256.Size]byte
+	for _, c := range text[from:to] {
+		if c == '\n' {
+			c = ' '
+		}
+		value = append(value, c)
+	}
 	for _, pool := range s.macs {
 		mac := pool.Get().(hash.Hash)
 		mac.Reset()
 		mac.Write(text)
 		value = append(value, ' ')
-		value = base64.RawURLEncoding.AppendEncode(value, mac.Sum(sum[:0]))
+		value = base64.RawURLEncoding.AppendEncode(value, mac.Sum(text)[len(text):])
 		pool.Put(mac)
 	}
 	return string(value)

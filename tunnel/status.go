@@ -23,7 +23,10 @@ type Link struct {
 	// do; empty while it does not.
 	Refused string `json:"refused,omitempty"`
 	// Trouble says why the connections are not what the configuration wants.
-	Trouble  string `json:"trouble,omitempty"`
+	Trouble string `json:"trouble,omitempty"`
+	// Note is what Cloudflare's API says of the tunnel that is to be known, such
+	// as that other connectors serve it too.
+	Note     string `json:"note,omitempty"`
 	InFlight int    `json:"inFlight"`
 	// Counts since the start: connections that were registered, lost, given up
 	// because nothing came through them, and let go in good order.
@@ -112,12 +115,12 @@ func (g *Gate) Status(links []Link) Status {
 	c := g.setup.Load().config
 	told := g.feed.knows()
 	s := Status{
-		Version: Version, Mode: c.Mode, Since: g.began, Ready: "yes", Links: links, Hosts: []HostInfo{}, Decisions: g.feed.tally(),
+		Version: Version, Mode: c.Mode, Since: g.clock.shown(g.began), Ready: "yes", Links: links, Hosts: []HostInfo{}, Decisions: g.feed.tally(),
 	}
 	if c.hasLAPI {
 		s.LAPI = LAPIStatus{
-			URL: c.LAPI.URL, LastPull: told.Last, LastFullPull: told.LastFull, Skipped: told.Skipped,
-			Answering: g.now().Sub(told.Last) < 3*c.LAPI.Interval+c.LAPI.Timeout,
+			URL: c.LAPI.URL, LastPull: g.clock.shown(told.Last), LastFullPull: g.clock.shown(told.LastFull), Skipped: told.Skipped,
+			Answering: g.clock.now().Sub(told.Last) < 3*c.LAPI.Interval+c.LAPI.Timeout,
 		}
 	}
 	for _, h := range c.Hosts {
@@ -181,7 +184,7 @@ func (g *Gate) Why(addr netip.Addr) Why {
 	addr = addr.Unmap().WithZone("")
 	c := g.setup.Load().config
 	s := g.feed.seen.Load()
-	now := g.now()
+	now := g.clock.now()
 	policy := c.policy()
 	verdict := s.view.Lookup(s.table, addr, now)
 	w := Why{Address: addr, Verdict: verdict.Remediation.Name(), Decisions: []Holder{}}
@@ -191,7 +194,7 @@ func (g *Gate) Why(addr netip.Addr) Why {
 		class := decision.Class{Type: v.Type, Origin: v.Origin, Scenario: v.Scenario, Remediation: v.Remediation}
 		h := Holder{
 			ID: v.ID, Prefix: v.Prefix, Remediation: v.Remediation.Name(), Type: v.Type, Origin: originOf(v.Origin, v.Scenario),
-			Scenario: v.Scenario, Until: v.Until, Enforced: true,
+			Scenario: v.Scenario, Until: g.clock.shown(v.Until), Enforced: true,
 		}
 		switch {
 		case allowed:
@@ -210,10 +213,15 @@ func (g *Gate) Why(addr netip.Addr) Why {
 		w.Says = "no decision holds it"
 	case verdict.Remediation == decision.Allow:
 		w.Says = "decisions hold it, and none of them is enforced here"
-	case c.Mode == Observe:
-		w.Says = fmt.Sprintf("its requests are counted and pass: the mode is observe (%s until %s)", w.Verdict, verdict.Until.Format(time.DateTime))
 	default:
-		w.Says = fmt.Sprintf("%s until %s", w.Verdict, verdict.Until.Format(time.DateTime))
+		w.Says = fmt.Sprintf("its requests are answered %d", c.Ban.Status)
+		if verdict.Remediation == decision.Throttle {
+			w.Says = "30 of its requests a minute pass, and more are answered 429"
+		}
+		if c.Mode == Observe {
+			w.Says = "its requests are counted and pass, because the mode is observe,"
+		}
+		w.Says += " until " + g.clock.shown(verdict.Until).Format(time.DateTime)
 	}
 	return w
 }

@@ -22,5 +22,7 @@
 // edgeward call it.
 package tunnel
 
-// Version is the tunnel's release, as LAPI is told it.
-const Version = "v0.1.0"
+import "github.com/edgeward/edgeward/internal/daemon"
+
+// Version is the tunnel's release, as LAPI and Cloudflare are told it.
+var Version = daemon.Version().Version
