@@ -67,7 +67,7 @@ func (l *link) exchange(w connection.ResponseWriter, r *http.Request, websocket 
 		return fmt.Errorf("send response: %w", err)
 	}
 	status = response.StatusCode
-	if err := copyBody(w, response.Body); err != nil {
+	if err := copyBody(w, response.Body, response.ContentLength); err != nil {
 		return fmt.Errorf("send response: %w", err)
 	}
 	for name, values := range response.Trailer {
@@ -95,9 +95,9 @@ func (l *link) upgrade(w connection.ResponseWriter, visitor io.Reader, response 
 			}
 		}()
 		defer origin.Close()
-		_ = copyBody(origin, visitor) // until the exchange is over, and the stream with it
+		_ = copyBody(origin, visitor, -1) // until the exchange is over, and the stream with it
 	}()
-	_ = copyBody(w, origin) // both ends may end it as they like
+	_ = copyBody(w, origin, -1) // both ends may end it as they like
 	return nil
 }
 
@@ -107,14 +107,52 @@ func (c *Connector) panicked(p any, host string) {
 	c.log.Error("panic in a request", "panic", fmt.Sprint(p), "host", host, "stack", string(debug.Stack()))
 }
 
-var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+// What is in flight costs a buffer and no more, whatever its size. What trickles,
+// such as events and most pages, has a small one; what fills that gets a large
+// one.
+var (
+	small = sync.Pool{New: func() any { return new([smallBuffer]byte) }}
+	large = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
+)
 
-// copyBody copies through a pooled buffer, so that what is in flight costs that
-// and no more, whatever its size.
-func copyBody(to io.Writer, from io.Reader) error {
-	buffer := buffers.Get().(*[32 << 10]byte)
-	defer buffers.Put(buffer)
-	// The wrappers hide methods that would copy by other ways.
-	_, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, buffer[:])
+const (
+	smallBuffer = 4 << 10
+	largeBuffer = 32 << 10
+)
+
+// copyBody copies length bytes, or as many as there are where length is -1.
+func copyBody(to io.Writer, from io.Reader, length int64) error {
+	if length <= smallBuffer {
+		buffer := small.Get().(*[smallBuffer]byte)
+		more, err := copyThrough(to, from, buffer[:], true)
+		small.Put(buffer)
+		if !more {
+			return err
+		}
+	}
+	buffer := large.Get().(*[largeBuffer]byte)
+	defer large.Put(buffer)
+	_, err := copyThrough(to, from, buffer[:], false)
 	return err
+}
+
+// copyThrough copies to the end, or, where it is to be on trial, until one read
+// fills the buffer; more says that it was the latter.
+func copyThrough(to io.Writer, from io.Reader, buffer []byte, trial bool) (more bool, err error) {
+	for {
+		n, err := from.Read(buffer)
+		if n > 0 {
+			if _, err := to.Write(buffer[:n]); err != nil {
+				return false, err
+			}
+		}
+		switch {
+		case err == io.EOF:
+			return false, nil
+		case err != nil:
+			return false, err
+		case trial && n == len(buffer):
+			return true, nil
+		}
+	}
 }
