@@ -161,7 +161,7 @@ func (c *client) do(ctx context.Context, call call, into any) (envelope, error) 
 
 func (c *client) try(ctx context.Context, call call) (envelope, error) {
 	// The file is read for each call, so that a rotated token is used at once.
-	token, err := call.token.Read()
+	token, err := readSecret(call.token)
 	if err != nil {
 		return envelope{}, err
 	}

@@ -11,7 +11,9 @@
 //
 // What it did not make it does not touch. A record is ours if it is a CNAME to a
 // tunnel and the TXT record beside it names our owner id; all else in the way is
-// a conflict, which is reported with what to do. It deletes no tunnel, writes no
+// a conflict, which is reported with what to do. Two instances of one owner that
+// wish for different things cannot be told apart; they notice, and yield. It
+// deletes no tunnel but where that is what was asked for, writes no
 // configuration of a tunnel (routes live in the connector, so the rules that
 // others keep there stay theirs), creates no zone, buys no certificate.
 //
@@ -20,7 +22,7 @@
 // asks nothing until then. It never repeats a write by itself: the next turn
 // looks first.
 //
-// It speaks to the API with net/http. Six calls are needed: the official library
+// It speaks to the API with net/http. Seven calls are needed: the official library
 // for them takes longer to build than all the rest, changes what it exports in
 // minor releases, and repeats writes of itself unless it is told not to. This
 // package imports nothing of the connector's, so that the operators' command

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"strings"
 
@@ -25,6 +26,7 @@ func From(c *tunnel.Config) (Settings, error) {
 		Account:     f.Account,
 		TunnelToken: f.TunnelTokenFile,
 		ZoneTokens:  map[string]config.File{},
+		Unread:      map[string]error{},
 		Desired:     Desired{Owner: f.Owner, Policy: Policy(f.Policy)},
 	}
 	var errs []error
@@ -33,8 +35,9 @@ func From(c *tunnel.Config) (Settings, error) {
 		if file := t.TokenFile + t.CredentialsFile; file != "" {
 			var err error
 			if want.ID, err = tunnelID(file); err != nil {
+				s.Unread[t.Name] = fmt.Errorf("read the id of tunnel %s: %w", t.Name, err)
 				if f.Enabled() {
-					errs = append(errs, fmt.Errorf("read the id of tunnel %s: %w", t.Name, err))
+					errs = append(errs, s.Unread[t.Name])
 				}
 				continue // not made by its name: it is another that is meant
 			}
@@ -66,10 +69,23 @@ func From(c *tunnel.Config) (Settings, error) {
 	return s, errors.Join(errs...)
 }
 
+// readSecret reads a file with a token; the error says what to do where that is
+// plain.
+func readSecret(file config.File) (config.Secret, error) {
+	text, err := file.Read()
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		err = fmt.Errorf("%w: run this as a user who may read it, such as root", err)
+	case errors.Is(err, fs.ErrNotExist):
+		err = fmt.Errorf("%w: make it, or mend its name in the configuration", err)
+	}
+	return text, err
+}
+
 // tunnelID reads the id out of a token, which is a credentials file in base64
 // with short names, or of a credentials file. The errors repeat nothing of it.
 func tunnelID(file config.File) (string, error) {
-	text, err := file.Read()
+	text, err := readSecret(file)
 	if err != nil {
 		return "", err
 	}

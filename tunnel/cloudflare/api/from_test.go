@@ -47,6 +47,12 @@ cloudflare:
 		t.Fatal(err)
 	}
 	got, err := From(&c)
+	for _, name := range []string{"broken", "missing"} {
+		if got.Unread[name] == nil {
+			t.Errorf("why the id of tunnel %s is not known is not said", name)
+		}
+	}
+	got.Unread = nil
 	want := Settings{
 		URL: tunnel.APIURL, Account: w.account, TunnelToken: w.want.TunnelToken,
 		ZoneTokens: map[string]config.File{"example.org": w.want.ZoneTokens["example.org"]},
@@ -74,7 +80,7 @@ func TestFromWithoutTheAPI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s, err := From(&c); err != nil || len(s.Desired.Tunnels) > 0 || len(s.ZoneTokens) > 0 {
+	if s, err := From(&c); err != nil || len(s.Desired.Tunnels) > 0 || len(s.ZoneTokens) > 0 || s.Unread["main"] == nil {
 		t.Errorf("%+v, %v", s, err)
 	}
 }

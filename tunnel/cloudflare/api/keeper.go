@@ -1,14 +1,17 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -26,6 +29,7 @@ type Keeper struct {
 	mu       sync.Mutex
 	settings Settings
 	report   Report
+	fights   map[string]*fight // by host
 }
 
 // Report is what the last turn found and did.
@@ -57,6 +61,10 @@ const (
 	batchSize = 200
 )
 
+// Product begins the version that this program's connectors and calls give, by
+// which it tells its own connectors, in whatever pod they are, from others.
+const Product = "edgeward/"
+
 // New makes a Keeper; it asks nothing until it is told to.
 func New(s Settings, agent string, log *slog.Logger) *Keeper {
 	return &Keeper{
@@ -64,6 +72,7 @@ func New(s Settings, agent string, log *slog.Logger) *Keeper {
 		turn:     make(chan struct{}, 1),
 		log:      log,
 		zones:    map[string]string{},
+		fights:   map[string]*fight{},
 		settings: s,
 		report:   Report{Policy: s.Desired.Policy},
 	}
@@ -83,6 +92,7 @@ func (k *Keeper) take(ctx context.Context) error {
 func (k *Keeper) Update(s Settings) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.wish(s.Desired)
 	k.settings = s
 }
 
@@ -125,7 +135,7 @@ func (k *Keeper) Turn(ctx context.Context) (next time.Time, err error) {
 	defer func() { <-k.turn }()
 	s := k.current()
 	have, err := k.read(ctx, s)
-	changes := Diff(s.Desired, have)
+	changes := k.yield(Diff(s.Desired, have), s.Desired.Owner)
 	report := Report{Policy: s.Desired.Policy, Tunnels: changes.Tunnels, Hosts: changes.Hosts}
 	if s.Desired.Policy != DryRun {
 		a := apply{k: k, settings: s, have: have, report: &report}
@@ -157,7 +167,8 @@ func (k *Keeper) conclude(r Report, err error) {
 		k.log.Log(context.Background(), level, "state of a host", "host", h.Host, "state", string(h.State), "says", h.Says, "notes", h.Notes)
 	}
 	for _, t := range r.Tunnels {
-		if t.State == Conflict && !slices.Contains(before.Tunnels, t) {
+		same := func(b TunnelState) bool { return b.Name == t.Name && b.State == t.State && b.Says == t.Says }
+		if (t.State == Conflict || t.State == OK && t.Says != "") && !slices.ContainsFunc(before.Tunnels, same) {
 			k.log.Warn("state of a tunnel", "tunnel", t.Name, "state", string(t.State), "says", t.Says)
 		}
 	}
@@ -223,15 +234,28 @@ func (k *Keeper) read(ctx context.Context, s Settings) (Have, error) {
 
 func (k *Keeper) readTunnels(ctx context.Context, s Settings) ([]Tunnel, error) {
 	type tunnel struct {
-		ID          string     `json:"id"`
-		Name        string     `json:"name"`
-		Connections []struct{} `json:"connections"`
+		ID          string `json:"id"`
+		Name        string `json:"name"`
+		Connections []struct {
+			Client  string `json:"client_id"`
+			Version string `json:"client_version"`
+		} `json:"connections"`
 	}
 	all, err := list[tunnel](ctx, k.client, call{base: s.URL, what: "list tunnels", of: "account " + s.Account, needs: mayTunnels, token: s.TunnelToken,
 		path: "/accounts/" + s.Account + "/cfd_tunnel", query: url.Values{"is_deleted": {"false"}}}, tunnelsPage)
 	var out []Tunnel
 	for _, t := range all {
-		out = append(out, Tunnel{Name: t.Name, ID: t.ID, Connections: len(t.Connections)})
+		found := Tunnel{Name: t.Name, ID: t.ID, Connections: len(t.Connections)}
+		others := map[string]string{} // client to version
+		for _, c := range t.Connections {
+			if strings.HasPrefix(c.Version, Product) {
+				found.Ours++
+			} else {
+				others[c.Client] = cmp.Or(c.Version, "of no version")
+			}
+		}
+		found.Others = slices.Sorted(maps.Values(others))
+		out = append(out, found)
 	}
 	return out, err
 }
@@ -251,6 +275,16 @@ func (k *Keeper) createTunnel(ctx context.Context, s Settings, name string) (str
 	}
 	k.log.Info("tunnel created", "tunnel", name, "id", made.ID)
 	return made.ID, nil
+}
+
+func (k *Keeper) deleteTunnel(ctx context.Context, s Settings, w Write) error {
+	_, err := k.client.do(ctx, call{base: s.URL, what: "delete tunnel", of: "account " + s.Account, needs: mayTunnels, token: s.TunnelToken,
+		method: http.MethodDelete, path: "/accounts/" + s.Account + "/cfd_tunnel/" + w.ID}, nil)
+	if err != nil {
+		return fmt.Errorf("delete tunnel %s: %w", w.Name, err)
+	}
+	k.log.Info("tunnel deleted", "tunnel", w.Name, "id", w.ID)
+	return nil
 }
 
 func (k *Keeper) readZone(ctx context.Context, s Settings, name string) (Zone, error) {
@@ -299,6 +333,9 @@ func (a *apply) apply(ctx context.Context, c Changes) error {
 			zones[w.Zone] = append(zones[w.Zone], w)
 			continue
 		}
+		if w.Verb == Delete {
+			continue // last
+		}
 		id, err := a.k.createTunnel(ctx, a.settings, w.Name)
 		if err != nil {
 			errs = append(errs, err)
@@ -342,6 +379,16 @@ func (a *apply) apply(ctx context.Context, c Changes) error {
 			}
 			ready = ready[n:]
 		}
+	}
+	for _, w := range c.Writes {
+		if w.Type != "tunnel" || w.Verb != Delete || errors.Join(errs...) != nil {
+			continue // a record that is left would lead to nothing
+		}
+		if err := a.k.deleteTunnel(ctx, a.settings, w); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		a.report.Written++
 	}
 	return errors.Join(errs...)
 }
@@ -407,6 +454,7 @@ func (a *apply) batch(ctx context.Context, z Zone, hosts [][]Write) error {
 		a.k.log.Info("record written", "verb", string(w.Verb), "type", w.Type, "name", w.Name, "content", w.Content, "was", w.Was, "zone", w.Zone)
 	}
 	for _, host := range hosts {
+		a.k.wrote(host[0].Host)
 		a.done(host)
 	}
 	return nil

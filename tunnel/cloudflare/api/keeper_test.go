@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/uuid"
 	"golang.org/x/time/rate"
 
 	"github.com/edgeward/edgeward/internal/config"
@@ -269,6 +270,170 @@ func TestATurnAdoptsATunnelByItsName(t *testing.T) {
 	w.want.Desired.Policy = DryRun
 	if _, err = w.keeper().Token(context.Background(), "third"); err == nil || len(w.cloud.Tunnels(w.account)) != 2 {
 		t.Errorf("a dry run makes a tunnel: %v", err)
+	}
+}
+
+// written is the name of a record that was written.
+func written(r cfedge.RecordWrite) string {
+	if r.After != nil {
+		return r.After.Name
+	}
+	return r.Before.Name
+}
+
+// TestTwoWishesOfOneOwner has two instances take turns that want different things
+// under one owner: they stop, say why, and go on when they want the same.
+func TestTwoWishesOfOneOwner(t *testing.T) {
+	w := newWorld(t, "example.org")
+	w.api.SetLimit(100_000, time.Minute) // its clock does not run along
+	now := time.Now()
+	instance := func(hosts ...string) *Keeper {
+		w.hosts(hosts...)
+		k := w.keeper()
+		k.client.now = func() time.Time { return now }
+		return k
+	}
+	turn := func(k *Keeper) {
+		t.Helper()
+		if _, err := k.Turn(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	older, newer := instance("app.example.org", "old.example.org"), instance("app.example.org", "new.example.org")
+	conflicts := map[string]int{}
+	for range 7 * 24 * 6 { // a week
+		for _, k := range []*Keeper{older, newer} {
+			turn(k)
+			for _, h := range k.Report().Hosts {
+				if h.State == Conflict && strings.Contains(h.Says, `another edgeward has the owner "home"`) {
+					conflicts[h.Host]++
+				}
+			}
+			now = now.Add(5 * time.Minute)
+		}
+	}
+	writes := map[string]int{}
+	for _, r := range w.cloud.History() {
+		writes[strings.TrimPrefix(written(r), "_edgeward.")]++
+	}
+	// Each writes two records three times at once, then five times within a day
+	// and once a day.
+	for _, host := range []string{"old.example.org", "new.example.org"} {
+		if n := writes[host]; n > 2*2*(3+5+7) || conflicts[host] == 0 {
+			t.Errorf("%d records of %s were written, and it is a conflict %d times", n, host, conflicts[host])
+		}
+	}
+	if writes["app.example.org"] != 2 {
+		t.Errorf("what both want was written %d times", writes["app.example.org"])
+	}
+	// The older one hears of the newer wish.
+	older.Update(newer.settings)
+	turn(older)
+	now = now.Add(25 * time.Hour)
+	turn(newer)
+	turn(older)
+	for _, k := range []*Keeper{older, newer} {
+		if hosts := k.Report().Hosts; len(hosts) != 2 || hosts[0].State != OK || hosts[1].State != OK {
+			t.Errorf("in the end the hosts are %+v", hosts)
+		}
+	}
+	w.hosts("app.example.org", "new.example.org")
+	w.settled()
+}
+
+// TestNothingIsLeft takes away what is ours, and nothing else; the tunnel only
+// where that is wished and nothing of others leads to it.
+func TestNothingIsLeft(t *testing.T) {
+	w := newWorld(t, "example.org", "example.net")
+	w.hosts("app.example.org", "let.example.org", "*.example.net")
+	w.turn()
+	w.cloud.Put(cfedge.Record{Type: "CNAME", Name: "theirs.example.net", Content: Target(w.id("main")), Proxied: true})
+	desired := w.want.Desired
+	desired.Relinquish = []string{"let.example.org"}
+	names := func() (out []string) {
+		for _, zone := range []string{"example.org", "example.net"} {
+			for _, r := range w.cloud.Records(zone) {
+				out = append(out, r.Type+" "+r.Name)
+			}
+		}
+		return out
+	}
+	w.want.Desired = desired.Nothing(true)
+	if changes, err := w.keeper().Plan(t.Context()); err != nil || len(changes.Writes) != 5 || changes.Tunnels[0].Says != "stays: let.example.org leads to it, made by others or let go" {
+		t.Errorf("the plan is %+v, %v", changes, err)
+	}
+	w.turn()
+	if diff := cmp.Diff([]string{"CNAME let.example.org", "CNAME theirs.example.net"}, names()); diff != "" {
+		t.Error(diff)
+	}
+	w.settled()
+	w.id("main")
+	// With nothing leading there it goes, if it is not served and that is wished.
+	w = newWorld(t, "example.org")
+	w.hosts("app.example.org")
+	w.turn()
+	desired = w.want.Desired
+	w.want.Desired = desired.Nothing(false)
+	w.turn()
+	w.settled()
+	w.want.Desired = desired.Nothing(true)
+	end := w.cloud.Connect(w.cloud.Tunnels(w.account)[0].ID, cfedge.CloudConnection{ID: uuid.New(), ConnectorID: uuid.New(), Version: Product + "v1"})
+	if _, err := w.keeper().Turn(t.Context()); err == nil || !strings.Contains(err.Error(), "delete tunnel main: ") {
+		t.Errorf("a tunnel that is served is deleted: %v", err)
+	}
+	end()
+	w.turn()
+	if all := w.cloud.Tunnels(w.account); len(all) != 0 {
+		t.Errorf("there are tunnels: %v", all)
+	}
+	w.settled()
+}
+
+// TestOtherConnectorsAreSaid has a tunnel that is adopted and served by a stock
+// connector still: what goes that way nobody judges.
+func TestOtherConnectorsAreSaid(t *testing.T) {
+	w := newWorld(t, "example.org")
+	w.hosts("app.example.org")
+	info := w.cloud.AddTunnel(w.account, "main", nil)
+	connect := func(version string, client uuid.UUID) func() {
+		return w.cloud.Connect(info.ID, cfedge.CloudConnection{ID: uuid.New(), ConnectorID: client, Version: version})
+	}
+	var log strings.Builder
+	k := w.keeper()
+	k.log = slog.New(slog.NewTextHandler(&log, nil))
+	says := func() string {
+		t.Helper()
+		if _, err := k.Turn(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		all := k.Report().Tunnels
+		if len(all) != 1 || all[0].State != OK {
+			t.Fatalf("the tunnels are %+v", all)
+		}
+		return all[0].Says
+	}
+	// Two replicas of ours, of different versions.
+	connect(Product+"v0.1.0", uuid.New())
+	connect(Product+"v0.2.0", uuid.New())
+	if got := says(); got != "" {
+		t.Errorf("of our own connectors it says %q", got)
+	}
+	stock := uuid.New()
+	gone := []func(){connect("2026.7.0", stock), connect("2026.7.0", stock), connect("2025.1.0", uuid.New())}
+	for range 3 {
+		if got := says(); !strings.HasPrefix(got, "is served by other connectors too (2025.1.0, 2026.7.0): ") {
+			t.Errorf("of others it says %q", got)
+		}
+		connect(Product+"v0.2.0", uuid.New())
+	}
+	if n := strings.Count(log.String(), "is served by other connectors too"); n != 1 {
+		t.Errorf("it is logged %d times: %s", n, log.String())
+	}
+	for _, end := range gone {
+		end()
+	}
+	if got := says(); got != "" {
+		t.Errorf("when they are gone it says %q", got)
 	}
 }
 

@@ -26,6 +26,18 @@ type Desired struct {
 	// Zones are those that may be written in; a host in none of them is
 	// reported and left.
 	Zones []string
+	// Gone wishes for nothing: what is ours in the zones is deleted, and nothing
+	// is made. DropTunnels has the tunnels that have no ID here deleted as well,
+	// but for those that something of others leads to.
+	Gone, DropTunnels bool
+}
+
+// Nothing is the wish that all that is ours in the zones of d were gone, with the
+// tunnels too if they are to be dropped. What is to be relinquished stays.
+func (d Desired) Nothing(tunnels bool) Desired {
+	return Desired{
+		Owner: d.Owner, Policy: Sync, Tunnels: d.Tunnels, Relinquish: d.Relinquish, Zones: d.Zones, Gone: true, DropTunnels: tunnels,
+	}
 }
 
 // Policy says what may be written.
@@ -46,6 +58,11 @@ type Tunnel struct {
 	ID   string
 	// Connections are those that are registered, as far as was asked.
 	Connections int
+	// Ours are those of them that this program holds, here or elsewhere.
+	Ours int
+	// Others are the versions of connectors that are not this program's and
+	// serve the tunnel as well, one for each, sorted.
+	Others []string
 }
 
 // Host is a public host, or *.DOMAIN, and the name of its tunnel. Names are in
@@ -104,6 +121,24 @@ type Write struct {
 	ID string `json:"id,omitempty"`
 }
 
+// String is the write in a line: + is made, ~ changed, - deleted. Its parts are
+// parted by tabs.
+func (w Write) String() string {
+	to := w.Content
+	if w.Type == "CNAME" && to == "" {
+		to = "the new tunnel " + w.Tunnel
+	}
+	switch {
+	case w.Type == "tunnel" && w.Verb == Create:
+		return "+ tunnel\t" + w.Name
+	case w.Verb == Create:
+		return fmt.Sprintf("+ %s\t%s\t%s", w.Type, w.Name, to)
+	case w.Verb == Update:
+		return fmt.Sprintf("~ %s\t%s\t%s (was %s)", w.Type, w.Name, to, w.Was)
+	}
+	return fmt.Sprintf("- %s\t%s\t%s", w.Type, w.Name, w.Was)
+}
+
 // Verb is create, update or delete.
 type Verb string
 
@@ -134,6 +169,8 @@ type TunnelState struct {
 	ID          string `json:"id,omitempty"`
 	State       State  `json:"state"`
 	Connections int    `json:"connections"`
+	// Ours are those of them that this program holds, here or elsewhere.
+	Ours int `json:"ours"`
 	// Says is what the state does not, and what to do.
 	Says string `json:"says,omitempty"`
 }
@@ -179,6 +216,9 @@ func Diff(d Desired, have Have) Changes {
 	for _, z := range have.Zones {
 		p.zone(z, hosts[z.Name])
 	}
+	if d.DropTunnels {
+		p.drop(have)
+	}
 	slices.SortFunc(p.out.Tunnels, func(a, b TunnelState) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(p.out.Hosts, func(a, b HostState) int { return cmp.Compare(a.Host, b.Host) })
 	slices.SortStableFunc(p.out.Writes, func(a, b Write) int {
@@ -204,12 +244,14 @@ func (p *plan) tunnels(have Have) {
 		state := TunnelState{Name: t.Name, ID: t.ID, State: OK}
 		switch {
 		case at >= 0:
-			state.ID, state.Connections = have.Tunnels[at].ID, have.Tunnels[at].Connections
+			state.ID, state.Connections, state.Ours = have.Tunnels[at].ID, have.Tunnels[at].Connections, have.Tunnels[at].Ours
+			state.Says = shared(have.Tunnels[at].Others)
 		case have.TunnelsTrouble != "" && t.ID != "":
 		case have.TunnelsTrouble != "":
 			state.State, state.Says = Unknown, have.TunnelsTrouble
 		case t.ID != "":
 			state.State, state.Says = Conflict, "the account has no tunnel of the id that its token names: get the token of one that it has"
+		case p.desired.Gone:
 		default:
 			state.State = Pending
 			p.making[t.Name] = true
@@ -221,6 +263,50 @@ func (p *plan) tunnels(have Have) {
 		}
 		p.out.Tunnels = append(p.out.Tunnels, state)
 	}
+}
+
+// drop deletes the tunnels that are there by their names, once nothing leads to
+// them any more.
+func (p *plan) drop(have Have) {
+	for i, t := range p.out.Tunnels {
+		named := slices.ContainsFunc(p.desired.Tunnels, func(d Tunnel) bool { return d.Name == t.Name && d.ID == "" })
+		if !named || t.ID == "" {
+			continue
+		}
+		if left := p.leading(have, Target(t.ID)); left != "" {
+			p.out.Tunnels[i].Says = "stays: " + left
+			continue
+		}
+		p.out.Tunnels[i].State = Pending
+		p.out.Writes = append(p.out.Writes, Write{Verb: Delete, Type: "tunnel", Name: t.Name, Tunnel: t.Name, Was: t.ID, ID: t.ID})
+	}
+}
+
+// leading says what will lead to target after the writes; empty for nothing that
+// can be seen.
+func (p *plan) leading(have Have, target string) string {
+	for _, z := range have.Zones {
+		if z.Trouble != "" {
+			return z.Trouble
+		}
+		for _, r := range z.Records {
+			deleted := func(w Write) bool { return w.Verb == Delete && w.Zone == z.Name && w.ID == r.ID }
+			if r.Type == "CNAME" && r.Content == target && !slices.ContainsFunc(p.out.Writes, deleted) {
+				return r.Name + " leads to it, made by others or let go"
+			}
+		}
+	}
+	return ""
+}
+
+// shared warns of connectors that are not this program's. Cloudflare hands each
+// request to any connector of the tunnel.
+func shared(others []string) string {
+	if len(others) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("is served by other connectors too (%s): what they get is judged by no decision, and routed by their rules: end them, or give them a tunnel of their own",
+		strings.Join(slices.Compact(slices.Clone(others)), ", "))
 }
 
 // zone goes through the hosts of a zone that are desired, and those that are

@@ -11,5 +11,8 @@ type Settings struct {
 	TunnelToken config.File
 	// ZoneTokens hold a token for each zone, by its name.
 	ZoneTokens map[string]config.File
-	Desired    Desired
+	// Unread says why the id of a tunnel that has a token or credentials file is
+	// not known, by the tunnel's name.
+	Unread  map[string]error
+	Desired Desired
 }
