@@ -83,6 +83,7 @@ func commands() *cobra.Command {
 				return ask(cmd, path, format, "/v1/why", url.Values{"address": {addr.String()}}, &w, whyTable)
 			},
 		},
+		cleanupCommand(&path),
 		&cobra.Command{
 			Use: "version", Short: "Show the version", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
@@ -145,7 +146,7 @@ func statusTable(w io.Writer, s tunnel.Status) {
 	}
 	fmt.Fprintf(w, "\nTUNNEL\tCONNECTION\tSTATE\tPROTOCOL\tLOCATION\tSINCE\n")
 	for _, l := range s.Links {
-		if trouble := cmp.Or(l.Refused, l.Trouble); trouble != "" {
+		if trouble := cmp.Or(l.Refused, l.Trouble, l.Note); trouble != "" {
 			fmt.Fprintf(w, "%s\t\t%s\n", l.Tunnel, trouble)
 		}
 		for _, c := range l.Connections {

@@ -1,7 +1,7 @@
 // Command edgeward-tunnel keeps the public hosts of a cluster reachable through
 // Cloudflare's edge, and stops there whom CrowdSec has banned, before anything in
 // the cluster sees the request. Its run verb is the program; check, status and
-// why change nothing.
+// why change nothing; cleanup removes what it made at Cloudflare.
 //
 // It needs no privilege, no inbound port and no writable file system. Two of
 // them side by side serve the same hosts, and lose no request when one ends.

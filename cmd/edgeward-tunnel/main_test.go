@@ -1,6 +1,8 @@
 package main
 
 import (
+	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -162,5 +164,74 @@ func TestMainIsATableOfContents(t *testing.T) {
 	}
 	if n := strings.Count(string(text), "\n"); n > 120 {
 		t.Errorf("main.go has %d lines", n)
+	}
+}
+
+// TestPolicyDeniesTheRest holds the NetworkPolicy to the pods of the Deployment,
+// both directions, and what the tunnel's configuration reaches.
+func TestPolicyDeniesTheRest(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(deployed, "kubernetes", "networkpolicy.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	type side struct {
+		To []struct {
+			Block struct {
+				CIDR   string         `yaml:"cidr"`
+				Except []netip.Prefix `yaml:"except"`
+			} `yaml:"ipBlock"`
+			Namespace any `yaml:"namespaceSelector"`
+			Pods      any `yaml:"podSelector"`
+		} `yaml:"to"`
+		From  []any `yaml:"from"`
+		Ports []struct {
+			Protocol string `yaml:"protocol"`
+			Port     any    `yaml:"port"`
+		} `yaml:"ports"`
+	}
+	var policy struct {
+		Spec struct {
+			Selects struct {
+				Labels map[string]string `yaml:"matchLabels"`
+			} `yaml:"podSelector"`
+			Types   []string `yaml:"policyTypes"`
+			Ingress []side   `yaml:"ingress"`
+			Egress  []side   `yaml:"egress"`
+		} `yaml:"spec"`
+	}
+	if err := yaml.Unmarshal(text, &policy); err != nil {
+		t.Fatal(err)
+	}
+	spec := policy.Spec
+	if spec.Selects.Labels["app.kubernetes.io/name"] != "edgeward-tunnel" || len(spec.Selects.Labels) != 1 || !slices.Equal(spec.Types, []string{"Ingress", "Egress"}) {
+		t.Errorf("the policy is on %v, for %v", spec.Selects.Labels, spec.Types)
+	}
+	var open []string
+	for _, s := range slices.Concat(spec.Ingress, spec.Egress) {
+		if len(s.Ports) == 0 || len(s.To)+len(s.From) == 0 {
+			t.Errorf("everything is allowed: %+v", s)
+		}
+		world := false
+		for _, to := range s.To {
+			world = world || to.Block.CIDR != ""
+			if to.Block.CIDR == "" && (to.Namespace == nil || to.Pods == nil) {
+				t.Errorf("a whole namespace is open: %+v", to)
+			}
+			if to.Block.CIDR == "0.0.0.0/0" {
+				for _, inside := range []string{"10.42.0.5", "10.43.0.1", "192.168.1.20", "172.17.0.2", "169.254.169.254", "100.100.0.1"} {
+					if !slices.ContainsFunc(to.Block.Except, func(p netip.Prefix) bool { return p.Contains(netip.MustParseAddr(inside)) }) {
+						t.Errorf("%s is open", inside)
+					}
+				}
+			}
+		}
+		for _, p := range s.Ports {
+			if world {
+				open = append(open, fmt.Sprint(p.Protocol, " ", p.Port))
+			}
+		}
+	}
+	if want := []string{"UDP 7844", "TCP 7844", "TCP 443"}; !slices.Equal(open, want) {
+		t.Errorf("towards the Internet there are %v, want %v", open, want)
 	}
 }

@@ -229,7 +229,7 @@ func (c *connectors) apply(ctx context.Context, next *tunnel.Config) error {
 		h := c.tunnels[t.Name]
 		if h == nil {
 			h = &holder{connector: cloudflare.New(cloudflare.Options{
-				Name: t.Name, Version: "edgeward/" + tunnel.Version, Log: c.log, Handler: c.gate.For(t.Name), Memory: c.memory,
+				Name: t.Name, Version: api.Product + tunnel.Version, Log: c.log, Handler: c.gate.For(t.Name), Memory: c.memory,
 			})}
 			c.tunnels[t.Name] = h
 		}
@@ -389,7 +389,7 @@ type records struct {
 
 func newRecords(c *tunnel.Config, log *slog.Logger) *records {
 	// It is told what to do when the configuration is applied, and not before.
-	r := &records{keeper: api.New(api.Settings{}, "edgeward/"+tunnel.Version, log.With("component", "cloudflare"))}
+	r := &records{keeper: api.New(api.Settings{}, api.Product+tunnel.Version, log.With("component", "cloudflare"))}
 	r.loop = reconcile.New(reconcile.Config{Name: "cloudflare", Turn: r.turn, Interval: c.Cloudflare.Interval, Limit: 5 * time.Minute, Retry: 5 * time.Second, LongestRetry: 5 * time.Minute, Log: log})
 	return r
 }
@@ -444,7 +444,13 @@ func standing(gate *tunnel.Gate, c *connectors, r *records, w *tunnel.Watcher) t
 	s := gate.Status(c.links())
 	s.Trouble = cmp.Or(w.Trouble(), c.troubled())
 	if r.on() {
-		s.Cloudflare = r.keeper.Report()
+		report := r.keeper.Report()
+		s.Cloudflare = report
+		for _, t := range report.Tunnels {
+			if at := slices.IndexFunc(s.Links, func(l tunnel.Link) bool { return l.Tunnel == t.Name }); at >= 0 {
+				s.Links[at].Note = t.Says
+			}
+		}
 	}
 	return s
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 
@@ -19,9 +20,12 @@ import (
 func look(ctx context.Context, c *tunnel.Config) (api.Settings, api.Changes, error) {
 	s, err := api.From(c)
 	if !c.Cloudflare.Enabled() {
+		for _, name := range slices.Sorted(maps.Keys(s.Unread)) {
+			err = errors.Join(err, s.Unread[name])
+		}
 		return s, byHand(s), err
 	}
-	k := api.New(s, "edgeward/"+daemon.Version().Version, slog.New(slog.DiscardHandler))
+	k := api.New(s, api.Product+daemon.Version().Version, slog.New(slog.DiscardHandler))
 	changes, asked := k.Plan(ctx)
 	return s, changes, errors.Join(err, asked)
 }
@@ -36,6 +40,9 @@ func byHand(s api.Settings) api.Changes {
 				state.Says += ": make a proxied CNAME to " + api.Target(t.ID) + " by hand"
 			}
 		}
+		if s.Unread[h.Tunnel] != nil {
+			state.Says += ", and where its record must lead is not known, as the id of its tunnel could not be read"
+		}
 		out.Hosts = append(out.Hosts, state)
 	}
 	return out
@@ -45,14 +52,20 @@ func byHand(s api.Settings) api.Changes {
 type row struct {
 	api.HostState
 	Services []string `json:"services,omitempty"`
+	// TunnelSays is what is to be said of its tunnel.
+	TunnelSays string `json:"tunnelSays,omitempty"`
 }
 
 func list(ctx context.Context, w io.Writer, format string, c tunnel.Config) error {
 	_, changes, failed := look(ctx, &c)
+	notes := map[string]string{}
+	for _, t := range changes.Tunnels {
+		notes[t.Name] = t.Says
+	}
 	rows := make([]row, len(changes.Hosts))
 	public := c.PublicHosts()
 	for i, h := range changes.Hosts {
-		rows[i].HostState = h
+		rows[i].HostState, rows[i].TunnelSays = h, notes[h.Tunnel]
 		if at := slices.IndexFunc(public, func(p tunnel.PublicHost) bool { return string(p.Host) == h.Host }); at >= 0 {
 			rows[i].Services = public[at].Services
 		}
@@ -63,6 +76,11 @@ func list(ctx context.Context, w io.Writer, format string, c tunnel.Config) erro
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", r.Host, orDash(strings.Join(r.Services, ", ")), orDash(r.Tunnel), r.State,
 				orDash(r.Owner), orDash(strings.Join(remarks(r.HostState), "; ")))
 		}
+		for _, t := range changes.Tunnels {
+			if t.Says != "" {
+				fmt.Fprintf(w, "note: tunnel %s: %s\n", t.Name, t.Says)
+			}
+		}
 	}))
 }
 
@@ -70,7 +88,7 @@ func plan(ctx context.Context, w io.Writer, format string, c tunnel.Config) erro
 	s, changes, failed := look(ctx, &c)
 	return errors.Join(failed, show(w, format, changes, func(w io.Writer, c api.Changes) {
 		for _, write := range c.Writes {
-			fmt.Fprintln(w, describe(write))
+			fmt.Fprintln(w, write)
 		}
 		for _, t := range c.Tunnels {
 			if t.Says != "" {
@@ -90,23 +108,6 @@ func plan(ctx context.Context, w io.Writer, format string, c tunnel.Config) erro
 			fmt.Fprintf(w, "%d writes, policy %s\n", n, s.Desired.Policy)
 		}
 	}))
-}
-
-// describe is a write in a line: + is made, ~ changed, - deleted.
-func describe(w api.Write) string {
-	to := w.Content
-	if w.Type == "CNAME" && to == "" {
-		to = "the new tunnel " + w.Tunnel
-	}
-	switch {
-	case w.Type == "tunnel":
-		return "+ tunnel\t" + w.Name
-	case w.Verb == api.Create:
-		return fmt.Sprintf("+ %s\t%s\t%s", w.Type, w.Name, to)
-	case w.Verb == api.Update:
-		return fmt.Sprintf("~ %s\t%s\t%s (was %s)", w.Type, w.Name, to, w.Was)
-	}
-	return fmt.Sprintf("- %s\t%s\t%s", w.Type, w.Name, w.Was)
 }
 
 // remarks are all that is to be said about a host.
