@@ -9,6 +9,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -23,6 +24,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/edgeward/edgeward/test/cfedge"
 	"github.com/edgeward/edgeward/test/rig"
@@ -325,6 +328,20 @@ func (w *world) visit(from, method, url string, header ...string) reply {
 	return reply{res.StatusCode, string(body), res.Header}
 }
 
+// stream opens an event stream.
+func (w *world) stream(from, url string) io.ReadCloser {
+	w.t.Helper()
+	req, err := http.NewRequestWithContext(w.t.Context(), "GET", url, nil)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	res, err := w.edge.Visitor(from).RoundTrip(req)
+	if err != nil || res.StatusCode != 200 {
+		w.t.Fatalf("an event stream: %v, %v", res, err)
+	}
+	return res.Body
+}
+
 // upgrade opens a WebSocket through Traefik, on which it has heard an echo.
 func (w *world) upgrade(from string) io.ReadWriteCloser {
 	w.t.Helper()
@@ -390,19 +407,12 @@ func TestVisitorsThroughTraefik(t *testing.T) {
 
 			// Streams and upgrades go through all of it.
 			w.upgrade(good).Close()
-			req, err := http.NewRequestWithContext(t.Context(), "GET", "https://site.example.com/sse", nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			res, err := w.edge.Visitor(good).RoundTrip(req)
-			if err != nil {
-				t.Fatal(err)
-			}
+			stream := w.stream(good, "https://site.example.com/sse")
 			events := make([]byte, 40)
-			if _, err := io.ReadFull(res.Body, events); err != nil || !strings.HasPrefix(string(events), "data: 0\n\ndata: 1") {
+			if _, err := io.ReadFull(stream, events); err != nil || !strings.HasPrefix(string(events), "data: 0\n\ndata: 1") {
 				t.Errorf("events are %q, %v", events, err)
 			}
-			res.Body.Close()
+			stream.Close()
 
 			// A pod that saw a signature, or made one up, is itself.
 			for _, forged := range []string{signature, "v1 " + fmt.Sprint(time.Now().Unix()) + " https " + good + " " + base64.RawURLEncoding.EncodeToString(make([]byte, 32))} {
@@ -433,6 +443,8 @@ func TestVisitorsThroughTraefik(t *testing.T) {
 			// A ban reaches the connector within the interval and a second, and
 			// ends what the visitor had open.
 			open := w.upgrade(bad)
+			running := w.stream(bad, "https://site.example.com/sse")
+			others := w.stream(good, "http://app.example.com/sse")
 			if err := w.lapi.Ban(t.Context(), bad, time.Hour); err != nil {
 				t.Fatal(err)
 			}
@@ -441,20 +453,28 @@ func TestVisitorsThroughTraefik(t *testing.T) {
 			if took > 2*time.Second {
 				t.Errorf("a ban took %v to reach the connector: want 2s at most", took)
 			}
-			ended := make(chan error, 1)
-			go func() { _, err := open.Read(make([]byte, 1)); ended <- err }()
-			select {
-			case <-ended:
-			case <-time.After(10 * time.Second):
-				t.Error("the WebSocket of a banned visitor goes on")
+			ended := make(chan string, 2)
+			go func() { _, _ = io.Copy(io.Discard, open); ended <- "WebSocket" }()
+			go func() { _, _ = io.Copy(io.Discard, running); ended <- "event stream" }()
+			for range 2 {
+				select {
+				case <-ended:
+				case <-time.After(10 * time.Second):
+					t.Fatal("something of a banned visitor goes on")
+				}
 			}
 			open.Close()
+			running.Close()
+			if _, err := io.ReadFull(others, make([]byte, 1000)); err != nil {
+				t.Errorf("another visitor's event stream ends: %v", err)
+			}
+			others.Close()
 			before := w.origin.Requests()
 			page := w.visit(bad, "GET", "http://site.example.com/", "Accept: text/html")
 			if page.status != 403 || !strings.Contains(page.body, "<h1>Access from your network is blocked.</h1>") || w.origin.Requests() != before {
 				t.Errorf("a banned visitor gets %d %s", page.status, page.body)
 			}
-			if got := p.tell("why", bad); !strings.Contains(got, bad+": ban: ban until") || !strings.Contains(got, "cscli") {
+			if got := p.tell("why", bad); !strings.Contains(got, bad+": ban: its requests are answered 403 until ") || !strings.Contains(got, "cscli") {
 				t.Errorf("why says %s", got)
 			}
 			if err := w.lapi.Unban(t.Context(), bad); err != nil {
@@ -667,6 +687,66 @@ func TestCredentialsThatAreRefused(t *testing.T) {
 	}
 }
 
+// TestFullDisk has the state directory on a disk without a free byte, and
+// something to keep there: the program says so once, and visitors see nothing of
+// it.
+func TestFullDisk(t *testing.T) {
+	w := newWorld(t, false)
+	disk := filepath.Join(w.dir, "state")
+	if err := os.Mkdir(disk, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", disk, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatalf("mount a small disk: %v: run the suite as root", err)
+	}
+	defer func() { _ = syscall.Unmount(disk, syscall.MNT_DETACH) }()
+	full, err := os.Create(filepath.Join(disk, "others"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := io.Copy(full, rand.NewChaCha8([32]byte{})); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("the disk takes %d bytes: %v", n, err)
+	}
+	full.Close()
+
+	w.edge.BlockUDP(true) // which is worth remembering
+	p := w.start("full", "auto", "stateDir: "+disk+"\n")
+	const says = "memory of networks not kept"
+	w.until(10*time.Second, "told", func() bool { return strings.Contains(p.logged(), says) })
+	if s := p.status(); s.Ready != "yes" || s.Links[0].Connections[0].Protocol != "http2" {
+		t.Errorf("the status is %+v", s)
+	}
+	before, lines := cpu(t, p), strings.Count(p.logged(), "\n")
+	for range 20 {
+		if got := w.visit(good, "GET", "http://app.example.com/").status; got != 200 {
+			t.Errorf("a visitor gets %d", got)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if used := cpu(t, p) - before; used > time.Second {
+		t.Errorf("it used %v of the processor in two seconds", used)
+	}
+	if n := strings.Count(p.logged(), says); n != 1 || strings.Count(p.logged(), "\n") > lines+2 || !strings.Contains(p.logged(), "no space left on device") {
+		t.Errorf("it is said %d times:\n%s", n, p.logged())
+	}
+	p.stop()
+}
+
+// cpu is the processor time that a process has used.
+func cpu(t *testing.T, p *process) time.Duration {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), ") ")
+	fields := strings.Fields(rest)
+	var user, system int64
+	_, _ = fmt.Sscan(fields[11], &user)
+	_, _ = fmt.Sscan(fields[12], &system)
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
 // TestTunnelsAndRecordsFollow begins with nothing but API tokens: the tunnel,
 // its credentials and its records come by themselves, follow the configuration,
 // and a credential that is rotated in the dashboard is fetched.
@@ -732,5 +812,30 @@ func TestTunnelsAndRecordsFollow(t *testing.T) {
 	if metrics := p.get("/metrics"); !strings.Contains(metrics, `edgeward_cloudflare_calls_total{call="write records",outcome="ok"}`) {
 		t.Error("the metrics lack the calls of the API")
 	}
+
+	// A stock connector on the same tunnel would judge nobody, and that is said.
+	end := cloud.Connect(all[0].ID, cfedge.CloudConnection{ID: uuid.New(), ConnectorID: uuid.New(), Version: "2026.7.0"})
+	p.reload()
+	const shared = "is served by other connectors too (2026.7.0)"
+	w.until(20*time.Second, "said", func() bool { return strings.Contains(p.tell("status"), shared) })
+	if n := strings.Count(p.logged(), shared); n != 1 {
+		t.Errorf("other connectors are logged %d times", n)
+	}
+	end()
+
+	// What was made goes by the verb alone, and not under a tunnel that runs.
+	if got := p.tell("cleanup", "--tunnels", "--yes"); !strings.Contains(got, "tunnel made is served (connections: ") || len(cloud.Records("example.net")) != 2 {
+		t.Errorf("cleanup says %s", got)
+	}
 	p.stop()
+	w.until(10*time.Second, "unserved", func() bool { return !strings.Contains(p.tell("cleanup"), "is served (") })
+	if got := p.tell("cleanup"); !strings.Contains(got, "- CNAME  one.example.net") || !strings.Contains(got, "2 writes, of which none is made without --yes") || len(cloud.Records("example.net")) != 2 {
+		t.Errorf("cleanup says %s", got)
+	}
+	if got := p.tell("cleanup", "--tunnels", "--yes"); !strings.Contains(got, "- tunnel") || !strings.Contains(got, "3 writes made") {
+		t.Errorf("cleanup says %s", got)
+	}
+	if got := p.tell("cleanup", "--tunnels", "--yes"); got != "nothing is ours\n" || len(cloud.Records("example.net")) != 0 || len(cloud.Tunnels(account)) != 0 {
+		t.Errorf("a second cleanup says %s", got)
+	}
 }
