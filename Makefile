@@ -5,21 +5,23 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-# The suites measure times, and the tools are built once: nothing runs beside
-# anything else.
+# The suites measure times, and the tools are built once: no two commands run
+# beside each other. What may, go test runs together, and tells one by one.
 .NOTPARALLEL:
 
 GO ?= go
 # How long `make fuzz` stays with each target.
 FUZZTIME ?= 20s
-# The packages that run inside Traefik, and so must also pass interpreted.
-INTERPRETED := ./internal/decision ./internal/lapi ./plugin
 # The linters are pinned in a module of their own, away from what users import.
 LINTER := $(GO) tool -modfile=test/lint/go.mod
 # Everything but the suites on the real tools and those on the real kernel.
-# Expanded where it is used, so that `make` alone asks Go nothing.
-UNIT = $$($(GO) list ./... | grep -v -e '/edgeward/test/' -e '/internal/nft$$' -e '/internal/netns$$' -e '/edgeward/bouncer$$')
+# Expanded where it is used, so that `make` alone asks Go nothing; backwards,
+# because the slowest come last.
+UNIT = $$($(GO) list ./... | grep -v -e '/edgeward/test/' -e '/internal/nft$$' -e '/internal/netns$$' -e '/edgeward/bouncer$$' | sort -r)
 KERNEL := ./internal/netns ./internal/nft ./bouncer
+# The suites on the real tools that judge what was measured, and those that do not.
+MEASURING := ./test/e2e ./test/node
+WAITING = $$($(GO) list ./test/... | grep -v -e '/test/e2e$$' -e '/test/node$$')
 
 .PHONY: help
 help: ## List these commands
@@ -32,32 +34,34 @@ demo: tools ## Run the whole gateway on this machine; ONCE=1 proves it and exits
 	@exec dist/demo -programs dist $(if $(ONCE),-once) $(if $(FROM),-from $(FROM))
 
 .PHONY: test
-test: test-plan tools lint test-race test-interpreted test-real ## Prove everything on the real tools: 12 minutes, 40 the first time
+test: test-plan tools lint test-race test-real ## Prove everything on the real tools: 8 minutes, 40 the first time
 
 .PHONY: test-plan
 test-plan:
-	@echo 'make test: the tools, then lint, then the units with -race, then the plugin interpreted by Yaegi,'
-	@echo 'make test: then the suites on the real Traefik and CrowdSec. On two cores about 12 minutes, and'
-	@echo 'make test: up to 30 more the first time, to build the tools; cut short, it resumes where it was.'
+	@echo 'make test: the tools, then lint, then the units with -race, then the suites on the real Traefik,'
+	@echo 'make test: CrowdSec and Yaegi. On two cores about 8 minutes, and up to 30 more the first time,'
+	@echo 'make test: to build the tools; cut short, it resumes where it was.'
 
 .PHONY: test-quick
 test-quick: ## Run the unit tests alone: no real tools, no root, no C compiler, under a minute
 	@$(GO) test $(UNIT)
 
 .PHONY: test-race
-test-race: ## Run the unit tests with the race detector, those on the kernel one at a time
-	@$(GO) test -race $(UNIT)
-	@$(GO) test -race -p 1 $(KERNEL)
+test-race: ## Run the unit tests with the race detector, those on the kernel after the others
+	@$(GO) test -race -p 4 $(UNIT)
+	@$(GO) test -race -parallel 8 $(KERNEL)
 
 .PHONY: test-interpreted
 test-interpreted: ## Run the plugin's tests inside Yaegi, as Traefik would
-	@$(GO) run ./test/interpreted $(INTERPRETED)
+	@$(GO) run ./test/interpreted
 
-# One suite at a time, because they measure latencies; never from the cache,
-# because what they judge is the machine as it is.
+# Most suites wait more than they compute, and so run beside each other; those
+# that measure run alone. Never from the cache, because what they judge is the
+# machine as it is.
 .PHONY: test-real
-test-real: ## Run the suites on the real Traefik and CrowdSec
-	@$(GO) test -count=1 -p 1 -timeout 30m ./test/...
+test-real: ## Run the suites on the real Traefik, CrowdSec and Yaegi
+	@$(GO) test -count=1 -p 3 -timeout 30m $(WAITING)
+	@$(GO) test -count=1 -p 1 -timeout 30m $(MEASURING)
 
 .PHONY: bench
 bench: tools ## Measure requests in the real Traefik, bans and packets on a node (as root), the tunnel; side by side

@@ -183,6 +183,7 @@ func (s *stream) check(what string, drops func(netip.Addr) bool) {
 // pulls, time that passes, changes of what is protected, writes that fail and
 // foreign flushes, and compares the kernel with the oracle after each.
 func TestKernelHoldsWhatDecisionsSay(t *testing.T) {
+	t.Parallel()
 	for seed := range int64(60) {
 		var m *memory
 		s := newStream(t, seed, func(now func() time.Time) kernel { m = newMemory(now); return m })

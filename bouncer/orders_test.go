@@ -286,6 +286,7 @@ func TestOrdersThatMakeNoSense(t *testing.T) {
 // that passes, writes that fail and foreign flushes, and compares the kernel with
 // an oracle after each.
 func TestKernelHoldsWhatOrdersSay(t *testing.T) {
+	t.Parallel()
 	for seed := range int64(30) {
 		var m *memory
 		s := newStream(t, seed, func(now func() time.Time) kernel { m = newMemory(now); return m })

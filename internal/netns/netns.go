@@ -34,8 +34,9 @@ type TB interface {
 
 // NS is a network namespace.
 type NS struct {
-	t  TB
-	fd int
+	t    TB
+	fd   int
+	wait time.Duration // for traffic
 }
 
 // New makes a namespace with its loopback interface up, and nothing else. It
@@ -46,7 +47,7 @@ func New(t TB) *NS {
 	if err != nil {
 		t.Fatalf("this test needs root and network namespaces: unshare: %v", err)
 	}
-	ns := &NS{t: t, fd: fd}
+	ns := &NS{t: t, fd: fd, wait: timeout}
 	t.Cleanup(func() { unix.Close(fd) })
 	// Duplicate address detection would hold up the first second of IPv6.
 	ns.Sysctl("ipv6/conf/all/accept_dad", "0")

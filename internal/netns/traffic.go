@@ -92,7 +92,7 @@ func (s *Server) Received() map[netip.Addr]int {
 func (ns *NS) Dial(from netip.Addr, to netip.AddrPort) (net.Conn, error) {
 	var c net.Conn
 	err := ns.Run(func() error {
-		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), Timeout: timeout}
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), Timeout: ns.wait}
 		var err error
 		c, err = d.Dial("tcp", to.String())
 		return err
@@ -100,9 +100,15 @@ func (ns *NS) Dial(from netip.Addr, to netip.AddrPort) (net.Conn, error) {
 	return c, err
 }
 
+// Patient is the same namespace, for what has to pass at the first attempt: it waits
+// for it as long as TCP does before a second one.
+func (ns *NS) Patient() *NS { return &NS{t: ns.t, fd: ns.fd, wait: 900 * time.Millisecond} }
+
 // Echo sends a few bytes over c and reports whether they came back in time.
-func Echo(c net.Conn) error {
-	c.SetDeadline(time.Now().Add(timeout))
+func Echo(c net.Conn) error { return echo(c, timeout) }
+
+func echo(c net.Conn, wait time.Duration) error {
+	c.SetDeadline(time.Now().Add(wait))
 	if _, err := c.Write([]byte("hello")); err != nil {
 		return err
 	}
@@ -117,7 +123,7 @@ func (ns *NS) TCP(from netip.Addr, to netip.AddrPort) error {
 		return err
 	}
 	defer c.Close()
-	return Echo(c)
+	return echo(c, ns.wait)
 }
 
 // DialUDP opens a flow of datagrams from one of the namespace's addresses.
@@ -138,7 +144,7 @@ func (ns *NS) UDP(from netip.Addr, to netip.AddrPort) error {
 		return err
 	}
 	defer c.Close()
-	return Echo(c)
+	return echo(c, ns.wait)
 }
 
 // Blaster sends datagrams from each of some addresses in turn, up to 64 in a

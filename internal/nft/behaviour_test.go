@@ -18,6 +18,7 @@ import (
 
 // What every Config that enforces has to do.
 func TestStops(t *testing.T) {
+	t.Parallel()
 	tests := []struct {
 		name string
 		set  func(*Config)
@@ -100,12 +101,13 @@ func TestConnections(t *testing.T) {
 			w.update(Changes{Put: []Element{ban(bad4), ban(bad6)}})
 			out4 := w.client.Serve(netip.AddrPortFrom(bad4, 0)).Addr
 			out6 := w.client.Serve(netip.AddrPortFrom(bad6, 0)).Addr
+			node, pod := w.node.Patient(), w.pod.Patient()
 			for name, try := range map[string]func() error{
-				"node tcp4": func() error { return w.node.TCP(node4, out4) },
-				"node tcp6": func() error { return w.node.TCP(node6, out6) },
-				"node udp4": func() error { return w.node.UDP(node4, out4) },
-				"pod tcp4":  func() error { return w.pod.TCP(pod4, out4) },
-				"pod udp6":  func() error { return w.pod.UDP(pod6, out6) },
+				"node tcp4": func() error { return node.TCP(node4, out4) },
+				"node tcp6": func() error { return node.TCP(node6, out6) },
+				"node udp4": func() error { return node.UDP(node4, out4) },
+				"pod tcp4":  func() error { return pod.TCP(pod4, out4) },
+				"pod udp6":  func() error { return pod.UDP(pod6, out6) },
 			} {
 				if err := try(); (err != nil) != replies {
 					t.Errorf("%s: a connection to a banned address: %v", name, err)
@@ -148,6 +150,7 @@ func TestTranslated(t *testing.T) {
 
 // Whatever is banned, the protected stay in.
 func TestProtected(t *testing.T) {
+	t.Parallel()
 	everything := []any{banRange("0.0.0.0", "255.255.255.255"), banRange("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")}
 	for _, observe := range []bool{false, true} {
 		for _, locked := range []bool{false, true} {

@@ -145,12 +145,16 @@ func (w *world) to(s *netns.Server, from netip.Addr) netip.AddrPort {
 // or UDP, and passes the opposite.
 func (w *world) stopped(want bool, from ...netip.Addr) {
 	w.t.Helper()
+	client := w.client
+	if !want {
+		client = client.Patient()
+	}
 	var errs []error
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for _, a := range from {
 		for name, s := range map[string]*netns.Server{"host": w.host, "pod": w.inPod} {
-			for proto, try := range map[string]func(netip.Addr, netip.AddrPort) error{"udp": w.client.UDP, "tcp": w.client.TCP} {
+			for proto, try := range map[string]func(netip.Addr, netip.AddrPort) error{"udp": client.UDP, "tcp": client.TCP} {
 				wg.Go(func() {
 					if err := try(a, w.to(s, a)); (err != nil) != want {
 						mu.Lock()

@@ -10,6 +10,7 @@ import (
 // 2001:db8:bad::/48 are banned and nobody else, so an answer tells what address
 // the plugin saw.
 func TestClientAddress(t *testing.T) {
+	t.Parallel()
 	// Traefik itself passes on what 127.0.0.1 says in X-Forwarded-For, and
 	// takes it from everyone else; who is believed is the plugin's business.
 	g := newGateway(t, rig.TraefikOptions{TrustForwarded: true})

@@ -13,6 +13,7 @@ import (
 // TestMisconfiguration: a middleware that makes no sense is named in Traefik's
 // log with what is wrong, its router does not serve, and all others do.
 func TestMisconfiguration(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, rig.TraefikOptions{})
 	l := newLAPI(t, rig.LAPIOptions{})
 	l.ban(t, "127.0.0.66")
@@ -86,6 +87,7 @@ func TestMisconfiguration(t *testing.T) {
 
 // TestConnection: the ways to reach and to convince a real LAPI.
 func TestConnection(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, rig.TraefikOptions{})
 	secure := newLAPI(t, rig.LAPIOptions{TLS: true})
 	local := newLAPI(t, rig.LAPIOptions{Socket: true, Chunked: true})
@@ -174,6 +176,7 @@ func TestConnection(t *testing.T) {
 // TestConnectionChange: credentials and addresses of LAPI can be changed while
 // all runs, and a banned client never finds the door open meanwhile.
 func TestConnectionChange(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, rig.TraefikOptions{})
 	l := newLAPI(t, rig.LAPIOptions{Socket: true})
 	const old, young = "127.0.0.66", "127.0.0.67"

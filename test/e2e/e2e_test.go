@@ -24,7 +24,8 @@ import (
 const interval = time.Second
 
 // TestMain lets tests that mostly wait for LAPI do so together, however few
-// processors there are. Tests that measure are never parallel.
+// processors there are. Tests that measure, or count seconds from what LAPI was
+// told, never run beside another.
 func TestMain(m *testing.M) {
 	flag.Parse()
 	if err := flag.Set("test.parallel", "16"); err != nil {

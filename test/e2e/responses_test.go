@@ -21,6 +21,7 @@ import (
 
 // TestRefusal: what a banned client is told.
 func TestRefusal(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, rig.TraefikOptions{TrustForwarded: true})
 	l := newLAPI(t, rig.LAPIOptions{})
 	const bad = "2001:db8::bad"
@@ -150,6 +151,7 @@ func limitHeaders(a reply) string {
 // TestRateLimits: who is counted with whom, and what clients are told. Every
 // case has policies and addresses of its own.
 func TestRateLimits(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, rig.TraefikOptions{TrustForwarded: true})
 	limits := func(limits ...object) object { return object{"client": posing, "rateLimits": limits} }
 	// slow limits hardly refill while a test runs.

@@ -102,6 +102,7 @@ func middle(random *rand.Rand, p netip.Prefix) netip.Addr {
 // every range and what lies beyond them, and 10,000 random addresses get the
 // right answer.
 func TestEveryAddress(t *testing.T) {
+	t.Parallel()
 	const decisions, strangers, connections, batch = 100000, 10000, 8, 64
 	prefixes := population(decisions)
 	judge := oracle{}

@@ -12,6 +12,24 @@ import (
 	"github.com/edgeward/edgeward/test/rig/rigtest"
 )
 
+// TestInterpreted runs the tests of all that Traefik interprets.
+func TestInterpreted(t *testing.T) {
+	tool := rigtest.Tool(t, "interpreter")
+	root, err := rig.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pkg := range interpreted {
+		t.Run(pkg, func(t *testing.T) {
+			t.Parallel() // much of it is waiting
+			var out bytes.Buffer
+			if err := runPackage(t.Context(), &out, tool, root, pkg, []string{"test", "-timeout=5m"}); err != nil {
+				t.Errorf("%v\n%s", err, out.String())
+			}
+		})
+	}
+}
+
 // TestHonest shows that what is interpreted cannot fail unnoticed. Each case is
 // run in a process of its own, this test binary, whose exit status is what the
 // suites rely on.
@@ -19,7 +37,7 @@ func TestHonest(t *testing.T) {
 	if root := os.Getenv("INTERPRETED_ROOT"); root != "" {
 		// The process: one package of the miniature tree.
 		args := strings.Fields("test -timeout=1m " + os.Getenv("INTERPRETED_ARGS"))
-		if err := runPackage(t.Context(), os.Getenv("INTERPRETED_TOOL"), root, "./plugin", args); err != nil {
+		if err := runPackage(t.Context(), os.Stdout, os.Getenv("INTERPRETED_TOOL"), root, "./plugin", args); err != nil {
 			t.Fatal(err)
 		}
 		return

@@ -2,18 +2,19 @@
 // interpreted by Yaegi, where 3-clause loops share their variable, half of the
 // newer standard library is absent, and passing compiled proves nothing.
 //
-//	go run ./test/interpreted [-run R] [-bench R] [-v] ... PACKAGE...
+//	go run ./test/interpreted [-run R] [-bench R] [-v] ... [PACKAGE...]
 //
-// Its flags are those of go test. Left out are files marked
+// Its flags are those of go test; without a package it runs all that Traefik
+// interprets, as this package's own test does. Left out are files marked
 // //go:build !interpreted, external tests (package x_test), fuzz targets and
 // examples. It exits with 0 only if every test of every package passed.
 package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -26,6 +27,9 @@ import (
 	"github.com/edgeward/edgeward/internal/bundle"
 	"github.com/edgeward/edgeward/test/rig"
 )
+
+// interpreted are the packages that run inside Traefik.
+var interpreted = []string{"./internal/decision", "./internal/lapi", "./plugin"}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -54,8 +58,9 @@ func run(ctx context.Context, args []string) error {
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	if flags.NArg() == 0 {
-		return errors.New("choose packages, such as ./plugin")
+	packages := flags.Args()
+	if len(packages) == 0 {
+		packages = interpreted
 	}
 	interpreter, err := rig.Tool(ctx, "interpreter")
 	if err != nil {
@@ -66,10 +71,10 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	var failed []string
-	for _, pkg := range flags.Args() {
+	for _, pkg := range packages {
 		began := time.Now()
 		verdict := "ok  "
-		if err := runPackage(ctx, interpreter, root, pkg, passed); err != nil {
+		if err := runPackage(ctx, os.Stdout, interpreter, root, pkg, passed); err != nil {
 			fmt.Println(err)
 			verdict = "FAIL"
 			failed = append(failed, pkg)
@@ -82,8 +87,9 @@ func run(ctx context.Context, args []string) error {
 	return nil
 }
 
-// runPackage tests one package in a process and a GOPATH of its own.
-func runPackage(ctx context.Context, interpreter, root, pkg string, args []string) error {
+// runPackage tests one package in a process and a GOPATH of its own, which write
+// to out.
+func runPackage(ctx context.Context, out io.Writer, interpreter, root, pkg string, args []string) error {
 	gopath, err := os.MkdirTemp("", "edgeward-interpreted-")
 	if err != nil {
 		return fmt.Errorf("make a GOPATH: %w", err)
@@ -93,7 +99,7 @@ func runPackage(ctx context.Context, interpreter, root, pkg string, args []strin
 		return err
 	}
 	cmd := exec.CommandContext(ctx, interpreter, append(args, gopath, path.Join(rig.ModulePath, filepath.ToSlash(pkg)))...)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("test %s: %w", pkg, err)

@@ -71,6 +71,7 @@ func key(t *testing.T, l *rig.LAPI) config.File {
 func TestWays(t *testing.T) {
 	for _, w := range ways {
 		t.Run(w.name, func(t *testing.T) {
+			t.Parallel() // most of it is waiting
 			server := rigtest.LAPI(t, w.opts)
 			c := crowdsec.Defaults()
 			c.Interval = time.Second

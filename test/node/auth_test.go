@@ -36,6 +36,7 @@ auth:
 // about clients with addresses of their own, of both families: bans of LAPI and of
 // a list stop them there, and no header of theirs helps.
 func TestProxiesAskTheNode(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	list := w.write("mine.netset", "# nobody yet\n")
 	w.extra = authSection + "lists:\n  - {name: mine, path: " + list + "}\n"
@@ -112,6 +113,7 @@ func TestProxiesAskTheNode(t *testing.T) {
 // TestListsWithoutLAPI: a file and the kernel are enough, and the bans outlive
 // the agent.
 func TestListsWithoutLAPI(t *testing.T) {
+	t.Parallel()
 	w := &world{t: t, dir: t.TempDir(), program: built(t)}
 	w.network()
 	list := w.write("mine.netset", "\ufeff203.0.113.66\r\n2001:db8:f00::40/122\r\n")

@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -61,8 +63,14 @@ var build struct {
 	err  error
 }
 
-// TestMain removes the program that the tests built.
+// TestMain lets the tests, which mostly wait for LAPI or for packets that must not
+// come, do so together, each in networks of its own; those that measure are never
+// parallel. It removes the program that they built.
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
 	code := m.Run()
 	if build.path != "" {
 		os.RemoveAll(filepath.Dir(build.path))
@@ -275,6 +283,7 @@ func (w *world) mustCLI(args ...string) string {
 }
 
 func TestBanUnbanRangeAndExpiry(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	a := w.start()
 	a.ready()
@@ -333,6 +342,7 @@ func TestBanUnbanRangeAndExpiry(t *testing.T) {
 // comes back, LAPI goes away, the configuration changes, and others flush the
 // ruleset: not one packet may pass.
 func TestNoGap(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ctx := t.Context()
 	range4 := netip.MustParseAddr("198.51.100.9")
@@ -430,6 +440,7 @@ func TestForeignFlush(t *testing.T) {
 // TestBootWithoutLAPI: a node whose kernel is empty and whose LAPI is away bans
 // what it knew, at once.
 func TestBootWithoutLAPI(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.must(w.lapi.Ban(t.Context(), bad4.String(), time.Hour))
 	a := w.start()
@@ -453,6 +464,7 @@ func TestBootWithoutLAPI(t *testing.T) {
 }
 
 func TestObserveDropsNothing(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.extra = "mode: observe\n"
 	w.must(w.lapi.Ban(t.Context(), bad4.String(), time.Hour))
@@ -470,6 +482,7 @@ func TestObserveDropsNothing(t *testing.T) {
 
 // TestCleanup removes our table, and nothing else.
 func TestCleanup(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.must(w.lapi.Ban(t.Context(), bad4.String(), time.Hour))
 	w.node.MustExec("nft", "add table inet theirs; add chain inet theirs input { type filter hook input priority 0; }; add rule inet theirs input counter")
@@ -509,6 +522,7 @@ func TestCleanup(t *testing.T) {
 // TestUsageMetrics: LAPI takes the last report of an agent that ends, and lists
 // it under its name.
 func TestUsageMetrics(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.must(w.lapi.Ban(t.Context(), bad4.String(), time.Hour))
 	a := w.start()
@@ -542,14 +556,14 @@ func TestHundredThousand(t *testing.T) {
 		return err == nil && strings.Contains(text, "edgeward_kernel_elements{set=\"bans4\"} 100000\n")
 	})
 	enforced := time.Since(began)
-	w.must(w.lapi.Ban(t.Context(), bad4.String(), time.Hour))
-	w.until("one more is enforced", 5*time.Second, func() bool { return !w.passes(bad4) })
-	_, text, err := a.get("/metrics")
-	w.must(err)
-	var took float64
-	for line := range strings.Lines(text) {
-		fmt.Sscanf(line, "edgeward_kernel_last_write_seconds %g", &took)
+	var writes []time.Duration // of one more each
+	for more := bad4; len(writes) < 3; more = more.Next() {
+		w.must(w.lapi.Ban(t.Context(), more.String(), time.Hour))
+		w.until("one more is enforced", 5*time.Second, func() bool { return !w.passes(more) })
+		writes = append(writes, time.Duration(a.metric("edgeward_kernel_last_write_seconds")*1e9))
 	}
+	slices.Sort(writes)
+	took := writes[1]
 	scrape := time.Hour
 	for range 5 {
 		start := time.Now()
@@ -557,21 +571,16 @@ func TestHundredThousand(t *testing.T) {
 		w.must(err)
 		scrape = min(scrape, time.Since(start))
 	}
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid))
-	w.must(err)
-	var resident, peak int
-	for line := range strings.Lines(string(status)) {
-		fmt.Sscanf(line, "VmRSS: %d kB", &resident)
-		fmt.Sscanf(line, "VmHWM: %d kB", &peak)
-	}
+	resident, peak := a.resident()
 	var info os.FileInfo
 	w.until("the snapshot is saved", 5*time.Second, func() bool {
+		var err error
 		info, err = os.Stat(filepath.Join(w.dir, "state", "decisions.snapshot"))
 		return err == nil
 	})
-	t.Logf("100,000 bans enforced %v after the start; one more written in %v; a scrape %v; %d MB resident, %d MB at most; a snapshot of %d KB",
-		enforced.Round(time.Millisecond), time.Duration(took*1e9), scrape, resident>>10, peak>>10, info.Size()>>10)
-	if took > 0.005 {
-		t.Errorf("one more ban took %v s, more than 5 ms", took)
+	t.Logf("100,000 bans enforced %v after the start; one more written in %v, the median of %v; a scrape %v; %d MB resident, %d MB at most; a snapshot of %d KB",
+		enforced.Round(time.Millisecond), took, writes, scrape, resident, peak, info.Size()>>10)
+	if took <= 0 || took > 5*time.Millisecond {
+		t.Errorf("one more ban took %v, the median of %v, not up to 5 ms", took, writes)
 	}
 }

@@ -36,13 +36,17 @@ func (w *world) refuses(want string, args ...string) {
 // by TCP: an order is in force when it has been answered.
 func (w *world) pass(want bool, from ...netip.Addr) {
 	w.t.Helper()
+	client := w.client
+	if want {
+		client = client.Patient()
+	}
 	var wg sync.WaitGroup
 	for _, a := range from {
 		to := netip.AddrPortFrom(node4, w.server.Addr.Port())
 		if a.Is6() {
 			to = netip.AddrPortFrom(node6, w.server.Addr.Port())
 		}
-		for name, try := range map[string]func(netip.Addr, netip.AddrPort) error{"UDP": w.client.UDP, "TCP": w.client.TCP} {
+		for name, try := range map[string]func(netip.Addr, netip.AddrPort) error{"UDP": client.UDP, "TCP": client.TCP} {
 			wg.Go(func() {
 				if err := try(a, to); (err == nil) != want {
 					w.t.Errorf("%s from %v passes: %v (%v)", name, a, err == nil, err)
@@ -56,6 +60,7 @@ func (w *world) pass(want bool, from ...netip.Addr) {
 // TestOrders gives the operator's orders: each counts within the call, beats what
 // it should and no more, outlives the agent, and ends without it.
 func TestOrders(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	ctx := t.Context()
 	in, out := netip.MustParseAddr("198.51.100.9"), netip.MustParseAddr("198.51.100.10")
@@ -132,6 +137,7 @@ func TestOrders(t *testing.T) {
 // TestCleanupAsksTheAgent: a live agent lets go and stays out; an orphan goes
 // without a configuration.
 func TestCleanupAsksTheAgent(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.must(w.lapi.Ban(t.Context(), bad4.String(), time.Hour))
 	a := w.start()
@@ -177,6 +183,7 @@ func TestCleanupAsksTheAgent(t *testing.T) {
 // TestProbe: check --probe says yes only where packets are dropped, and why not,
 // and leaves nothing behind.
 func TestProbe(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	// A foreign accept, before and after ours, must not matter.
 	w.node.MustExec("nft", "add table inet theirs; add chain inet theirs early { type filter hook prerouting priority -400; policy accept; }; add rule inet theirs early accept")

@@ -74,10 +74,14 @@ func (c *cluster) ways(from netip.Addr) map[string]netip.AddrPort {
 // on all of them.
 func (c *cluster) stopped(what string, want bool, from ...netip.Addr) {
 	c.t.Helper()
+	client := c.client
+	if !want {
+		client = client.Patient()
+	}
 	var wg sync.WaitGroup
 	for _, a := range from {
 		for way, to := range c.ways(a) {
-			for proto, try := range map[string]func(netip.Addr, netip.AddrPort) error{"UDP": c.client.UDP, "TCP": c.client.TCP} {
+			for proto, try := range map[string]func(netip.Addr, netip.AddrPort) error{"UDP": client.UDP, "TCP": client.TCP} {
 				wg.Go(func() {
 					if err := try(a, to); (err != nil) != want {
 						c.t.Errorf("%s: from %v to the %s by %s: %v, want stopped %v", what, a, way, proto, err, want)
@@ -92,6 +96,10 @@ func (c *cluster) stopped(what string, want bool, from ...netip.Addr) {
 // outbound demands that node and pod reach servers at banned addresses, or do not.
 func (c *cluster) outbound(what string, want bool, to ...netip.AddrPort) {
 	c.t.Helper()
+	inNode, inPod := c.node, c.pod
+	if want {
+		inNode, inPod = inNode.Patient(), inPod.Patient()
+	}
 	var wg sync.WaitGroup
 	for _, at := range to {
 		node, pod := node4, pod4
@@ -99,10 +107,10 @@ func (c *cluster) outbound(what string, want bool, to ...netip.AddrPort) {
 			node, pod = node6, pod6
 		}
 		for name, try := range map[string]func() error{
-			"node by TCP": func() error { return c.node.TCP(node, at) },
-			"node by UDP": func() error { return c.node.UDP(node, at) },
-			"pod by TCP":  func() error { return c.pod.TCP(pod, at) },
-			"pod by UDP":  func() error { return c.pod.UDP(pod, at) },
+			"node by TCP": func() error { return inNode.TCP(node, at) },
+			"node by UDP": func() error { return inNode.UDP(node, at) },
+			"pod by TCP":  func() error { return inPod.TCP(pod, at) },
+			"pod by UDP":  func() error { return inPod.UDP(pod, at) },
 		} {
 			wg.Go(func() {
 				if err := try(); (err == nil) != want {
@@ -118,6 +126,7 @@ func (c *cluster) outbound(what string, want bool, to ...netip.AddrPort) {
 // a banned address takes, it is stopped, in the middle of a connection as well,
 // and leaves nothing in connection tracking; all others pass.
 func TestEveryWay(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	ctx := t.Context()
 	a := c.start()
