@@ -28,10 +28,10 @@ import (
 	"strings"
 )
 
-// fileLimit is more than any configuration weighs; longer lists of addresses
-// are sources of decisions, not settings. The YAML library's time grows with
-// the square of the keys: a file of this size costs it 2 seconds at worst.
-const fileLimit = 256 << 10
+// fileLimit is more than any configuration weighs, that of a VPN with ten
+// thousand peers (2 MB) included; longer lists of addresses are sources of
+// decisions, not settings.
+const fileLimit = 4 << 20
 
 // Problem is one thing that is wrong with a file.
 type Problem struct {

@@ -115,6 +115,9 @@ func TestParse(t *testing.T) {
 		{"nothing given keeps the default", url + "allow:\nmode: ~\nlimit: null\n", with(func(*settings) {})},
 		{"a section keeps its other defaults", "lapi:\n  url: x\n  interval: 1m30s\n", with(func(s *settings) { s.LAPI.Interval = 90 * time.Second })},
 		{"a list replaces the default", url + "allow: []\n", with(func(s *settings) { s.Allow = []netip.Prefix{} })},
+		{"colons in a list in braces", "{lapi: {url: x}, allow: [2001:db8::/32, 2001:db9::1]}", with(func(s *settings) {
+			s.Allow = []netip.Prefix{netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("2001:db9::1/128")}
+		})},
 		{"every kind", `# settings
 lapi:
   url: "x" # comment
@@ -215,9 +218,12 @@ func TestProblems(t *testing.T) {
 			`4:9: labels: want keys and values, have a list`,
 			`6:3: name: want a text, have keys and values`,
 		}},
-		{"texts that want quotes", "{lapi: {url: x},\nallow: [127.0.0.1:80, {a: b}],\nname: {a:1}}\n", []string{
-			`2:9: allow[0]: want a single value, have keys and values: put it in quotes, "127.0.0.1:80"`,
+		{"texts that want quotes", "{lapi: {url: x},\nallow: [127.0.0.1:80, {a: b}, a: b, 'a':b, {c:d}],\nname: {a:1}}\n", []string{
+			`2:9: allow[0]: "127.0.0.1:80": want a range such as 10.0.0.0/8 or 2001:db8::/32, or an address`,
 			`2:23: allow[1]: want a single value, have keys and values`,
+			`2:31: allow[2]: want a single value, have keys and values`,
+			`2:37: allow[3]: want a single value, have keys and values: put it in quotes, "a:b"`,
+			`2:44: allow[4]: want a single value, have keys and values: put it in quotes, "c:d"`,
 			`3:7: name: want a text, have keys and values: put it in quotes, "a:1"`,
 		}},
 		{"brackets that want quotes", "{allow: [[::1]:80]}\n", []string{`1:11: not YAML: found an invalid key for this map: put a text that has colons or brackets in quotes`}},
@@ -249,10 +255,13 @@ func TestProblems(t *testing.T) {
 		{"two documents", "lapi: {url: x}\n---\nmode: observe\n", []string{"3:1: a second document: a configuration is one"}},
 		{"a bracket left open", "allow: [10.0.0.0/8\nmode: observe\n", []string{"2:1: not YAML: ',' or ']' must be specified"}},
 		{"tabs", "lapi:\n\turl: x\n", []string{"2:1: not YAML: a tab: YAML indents with spaces"}},
+		{"lines that end in two bytes", "# a\r\nmode: # b\r\n  enforced\r\n\r\nlog: 1\r\n", []string{
+			`1:1: lapi.url: is missing: give LAPI's address`, `3:3: mode: "enforced": want enforce or observe`, `5:6: log: "1": want true or false`}},
 		{"not text", "mode: observe\nname: \xff\n", []string{"2:1: not UTF-8 text"}},
 		{"nested without end", strings.Repeat("[", 100000), []string{"1:1: nested too deeply"}},
 		{"nested without brackets", "a:\n" + strings.Repeat("- ", 100000), []string{"2:1: nested too deeply"}},
-		{"too large", "# " + strings.Repeat("x", fileLimit), []string{"1:1: larger than 262144 bytes: this is not a configuration"}},
+		{"keys without end", strings.Repeat("a:\n- b: 1\n  c: 2\n", 10001), []string{"29989:1: too many keys in one section: this is not a configuration"}},
+		{"too large", "# " + strings.Repeat("x", fileLimit), []string{"1:1: larger than 4194304 bytes: this is not a configuration"}},
 		{"what the check says of two keys", "lapi: {url: x}\nlog: true\n", []string{"2:6: log: needs a limit"}},
 		{"a long value is cut", "lapi: {url: x}\nmark: " + strings.Repeat("9", 500) + "\n", []string{`2:7: mark: "` + strings.Repeat("9", 60) + `...": want a whole number from 0 to 4294967295`}},
 		{"a value of two lines is told in one", "lapi: {url: x}\nlog: |\n  a\n  b\n", []string{`2:6: log: "a\nb\n": want true or false`}},

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"bytes"
 	"encoding"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
 
 	"github.com/edgeward/edgeward/internal/decision"
 )
@@ -39,10 +41,12 @@ func (c *Check) read(text []byte, dst reflect.Value) {
 		unreadable(position{line, 1}, "not UTF-8 text")
 		return
 	}
-	if line, ok := tooDeep(text); ok {
-		unreadable(position{line, 1}, "nested too deeply")
+	if line, what := overloaded(text); what != "" {
+		unreadable(position{line, 1}, "%s", what)
 		return
 	}
+	// The library counts lines wrongly where they end in two bytes.
+	text = bytes.ReplaceAll(text, []byte("\r\n"), []byte("\n"))
 	file, err := parser.ParseBytes(text, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
 		at, says := start, err.Error()
@@ -85,11 +89,18 @@ func (c *Check) read(text []byte, dst reflect.Value) {
 // each, so a file of nothing else would exhaust the stack.
 const deepest = 64
 
-// tooDeep returns the line on which more than deepest brackets, braces or
-// spaces of indentation beyond all reason are open. It does not know what is
-// quoted: no setting holds that many brackets.
-func tooDeep(text []byte) (line int, ok bool) {
+// mostSteps bounds the library's work: its time grows with the square of the keys
+// of one section, and this is what 10,000 of them cost, one second or two.
+const mostSteps = 10000 * 10000 / 2
+
+// overloaded returns the line on which the text asks too much of the library, and
+// what that is: more than deepest brackets, braces or spaces of indentation
+// beyond all reason, or too many keys beside each other. It does not know what
+// is quoted: no setting holds that many brackets or lines.
+func overloaded(text []byte) (line int, what string) {
 	line, depth, indent, leading := 1, 0, 0, true
+	var beside [8*deepest + 1]int // lines, by their indentation, since one that was indented less
+	steps := 0
 	for _, b := range text {
 		switch b {
 		case '\n':
@@ -100,15 +111,27 @@ func tooDeep(text []byte) (line int, ok bool) {
 		case ']', '}':
 			depth = max(depth-1, 0)
 		}
-		// "- - - -" and "? ? ?" nest within one line.
-		if leading = leading && (b == ' ' || b == '-' || b == '?'); leading {
-			indent++
+		if depth > deepest || indent >= 8*deepest {
+			return line, "nested too deeply"
 		}
-		if depth > deepest || indent > 8*deepest {
-			return line, true
+		// "- - - -" and "? ? ?" nest within one line.
+		switch {
+		case !leading:
+		case b == ' ' || b == '?':
+			indent++
+		case b == '-':
+			indent++
+			clear(beside[indent:])
+		default:
+			leading = false
+			beside[indent]++
+			clear(beside[indent+1:])
+			if steps += beside[indent]; steps > mostSteps {
+				return line, "too many keys in one section: this is not a configuration"
+			}
 		}
 	}
-	return 0, false
+	return 0, ""
 }
 
 // invalidText returns the line of the first byte that is not UTF-8.
@@ -419,8 +442,40 @@ func textOf(node ast.Node) (string, bool) {
 		return n.Value.Value, true
 	case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.InfinityNode, *ast.NanNode:
 		return n.GetToken().Value, true
+	case *ast.MappingNode:
+		if !n.IsFlowStyle {
+			return torn(n)
+		}
+	case *ast.MappingValueNode:
+		return torn(n)
 	}
 	return "", false
+}
+
+// torn is a text that the library took for a key and its value, as it does with
+// 127.0.0.1:80 in a list in braces: to YAML a colon is one only where a space
+// follows.
+func torn(mapping ast.MapNode) (string, bool) {
+	i := mapping.MapRange()
+	if !i.Next() {
+		return "", false
+	}
+	entry := i.KeyValue()
+	name, single := plainText(entry.Key)
+	value, alone := plainText(entry.Value)
+	colon := entry.Start
+	if !single || !alone || i.Next() || colon.Next == nil || colon.Next.Position.Offset != colon.Position.Offset+1 {
+		return "", false
+	}
+	return name + ":" + value, true
+}
+
+// plainText is the text of a single value that stands without quotes.
+func plainText(node ast.Node) (string, bool) {
+	if node, ok := node.(*ast.StringNode); ok && node.Token.Type != token.StringType {
+		return "", false
+	}
+	return textOf(node)
 }
 
 // kindOf names what stands where something else was wanted.
@@ -473,7 +528,7 @@ func join(key, name string) string {
 // unknown reports a key that the section does not have, and proposes the one
 // that was probably meant: whether that one is there can then not be told.
 func (c *Check) unknown(at position, key, name string, known []string) {
-	meant := nearest(name, known)
+	meant := Nearest(name, known)
 	if meant == "" {
 		c.say(at, key, "unknown key %q: the keys here are %s", name, strings.Join(known, ", "))
 		return
@@ -482,9 +537,9 @@ func (c *Check) unknown(at position, key, name string, known []string) {
 	c.say(at, key, "unknown key %q: did you mean %q?", name, meant)
 }
 
-// nearest is the known name that a mistyped or shortened one probably stands
+// Nearest is the known name that a mistyped or shortened one probably stands
 // for, or empty.
-func nearest(name string, known []string) string {
+func Nearest(name string, known []string) string {
 	name = strings.ToLower(name)
 	best, least := "", len(name)/4+2
 	for _, k := range known {

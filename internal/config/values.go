@@ -85,3 +85,23 @@ func (p *Port) UnmarshalText(text []byte) error {
 	*p = Port(n)
 	return nil
 }
+
+// IsHost reports whether name is a DNS name of letters, digits, hyphens and
+// underscores, in small letters.
+func IsHost(name string) bool {
+	if name == "" || len(name) > 253 {
+		return false
+	}
+	for label := range strings.SplitSeq(name, ".") {
+		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
+			return false
+		}
+		for i := 0; i < len(label); i++ {
+			c := label[i]
+			if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
+				return false
+			}
+		}
+	}
+	return true
+}
