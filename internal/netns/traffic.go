@@ -88,6 +88,19 @@ func (s *Server) Received() map[netip.Addr]int {
 	return maps.Clone(s.counts)
 }
 
+// Push sends datagrams to an address, one each interval, whether or not anybody
+// answers, for as long as the Server lives.
+func (s *Server) Push(to netip.AddrPort, interval time.Duration) {
+	go func() {
+		for {
+			if _, err := s.udp.WriteToUDPAddrPort([]byte("pushed"), to); errors.Is(err, net.ErrClosed) {
+				return
+			}
+			time.Sleep(interval)
+		}
+	}()
+}
+
 // Dial opens a TCP connection from one of the namespace's addresses.
 func (ns *NS) Dial(from netip.Addr, to netip.AddrPort) (net.Conn, error) {
 	var c net.Conn
@@ -212,4 +225,25 @@ func (b *Blaster) Stop() (int, error) {
 	close(b.stop)
 	err := <-b.done
 	return b.sent, err
+}
+
+// Scan sends a datagram to each of n ports from first on, and returns how many
+// went out.
+func (ns *NS) Scan(from, to netip.Addr, first uint16, n int) int {
+	ns.t.Helper()
+	sent := 0
+	ns.Must(func() error {
+		c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)))
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		for i := range n {
+			if _, err := c.WriteToUDPAddrPort([]byte("scan"), netip.AddrPortFrom(to, first+uint16(i))); err == nil {
+				sent++
+			}
+		}
+		return nil
+	})
+	return sent
 }

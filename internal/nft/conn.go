@@ -19,6 +19,7 @@ import (
 // Install. The connection is then made again.
 type Conn struct {
 	opts Options
+	home string // the table
 
 	mu     sync.Mutex
 	sock   *socket // nil after it was lost
@@ -41,7 +42,7 @@ type Conn struct {
 // that a predecessor left: what that enforces stays enforced, and others can no
 // longer change it. Errors are ErrPermission, ErrUnsupported and ErrOwned.
 func Open(opts Options) (*Conn, error) {
-	c := &Conn{opts: opts}
+	c := &Conn{opts: opts, home: TableName}
 	if err := c.connect(); err != nil {
 		return nil, err
 	}
@@ -110,7 +111,7 @@ func (c *Conn) greet() error {
 	if c.opts.ReadOnly || c.opts.Shared {
 		return nil
 	}
-	t, err := c.table(TableName)
+	t, err := c.table(c.home)
 	if err != nil || t.flags&tablePersist == 0 {
 		return err
 	}
@@ -119,7 +120,7 @@ func (c *Conn) greet() error {
 	switch err := c.sock.commit(b); {
 	case errors.Is(err, ErrUnsupported), errors.Is(err, ErrOwned):
 		// The kernel's word for a claim on what has an owner.
-		return fmt.Errorf("claim table: %w (port %d)", ErrOwned, t.owner)
+		return fmt.Errorf("claim table inet %s: %w (port %d)", c.home, ErrOwned, t.owner)
 	case err != nil:
 		return fmt.Errorf("claim table: %w", err)
 	}
@@ -127,7 +128,7 @@ func (c *Conn) greet() error {
 }
 
 func (c *Conn) begin() *batch {
-	c.batch.table = TableName
+	c.batch.table = c.home
 	c.batch.reset(c.sock.next, c.sock.port)
 	return &c.batch
 }
@@ -222,7 +223,7 @@ func (c *Conn) flags() (uint32, error) {
 	}
 	if c.hold == nil {
 		b := c.begin()
-		b.table = TableName + "_probe"
+		b.table = c.home + "_probe"
 		b.newTable(tableOwner | tablePersist)
 		b.delTable()
 		hold := uint32(tableOwner | tablePersist)

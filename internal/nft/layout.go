@@ -299,6 +299,10 @@ type set struct {
 	sweep    time.Duration // how often to collect what has timed out; zero is the kernel's second
 	order    uint32        // byte order of the key, for nft to print it
 	spans    []span        // elements of a set from the start
+	fields   []uint32      // lengths of the parts of its key, where intervals are of several
+	dynamic  bool          // packets add elements
+	lifetime time.Duration // of those
+	size     uint32        // how many elements there may be at most; zero for no limit
 }
 
 // nft's numbers of types.
@@ -389,6 +393,7 @@ type chain struct {
 	name     string
 	hook     int
 	priority int32
+	nat      bool // translates
 	rules    []exprs
 }
 

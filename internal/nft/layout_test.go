@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -184,6 +185,20 @@ func FuzzAnswers(f *testing.F) {
 	b.close(elem)
 	b.close(list)
 	f.Add(b.buf)
+	// A row of attempts.
+	b = batch{}
+	list = b.nest(3)
+	elem = b.nest(1)
+	b.value(1, append(pod6.AsSlice(), target(pod6, TCP, 80)...))
+	counter := b.nest(unix.NFTA_SET_ELEM_EXPR)
+	numbers := b.nest(unix.NFTA_EXPR_DATA)
+	b.uint64(unix.NFTA_COUNTER_PACKETS, 7)
+	b.close(numbers)
+	b.close(counter)
+	b.uint64(unix.NFTA_SET_ELEM_EXPIRATION, 1<<40)
+	b.close(elem)
+	b.close(list)
+	f.Add(b.buf)
 	f.Add([]byte{0, 5, 'h', 'e', 'l', 'l', 0})
 	f.Add([]byte{4, 0, 3, 128})
 	// A chain, a rule, a set and a counter, as they are sent and so answered.
@@ -220,6 +235,14 @@ func FuzzAnswers(f *testing.F) {
 		parseLink(data)
 		parseFilter(data)
 		parseDefault(data)
+		parseNamedCounter(data)
+		parseNoted(data, time.Hour, func(key []byte, a Attempt) error {
+			if a.Ago < 0 {
+				t.Fatalf("%v ago", a.Ago)
+			}
+			_, err := parseAttempt(key, a)
+			return err
+		})
 		s := &state{generations: map[uint32]*generation{}}
 		for _, lists := range [][3][][]byte{{{data}, nil, nil}, {nil, {data}, nil}, {nil, nil, {data}}} {
 			if err := s.take(lists[0], lists[1], lists[2]); err != nil {

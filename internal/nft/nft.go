@@ -1,15 +1,17 @@
-// Package nft holds bans in the kernel. It turns plain values (what the ruleset
-// looks like, which addresses are banned, what has changed) into the nftables
-// table "inet edgeward" and answers what that table holds. It is the only room
-// that knows google/nftables, netlink messages and errno; the node bouncer is
-// who calls it.
+// Package nft holds bans in the kernel, and who may reach what through a VPN. It
+// turns plain values (what the ruleset looks like, which addresses are banned,
+// what has changed) into the nftables table "inet edgeward" and answers what that
+// table holds; and an Access into the table "inet edgeward_vpn". It is the only
+// room that knows google/nftables, netlink messages and errno; the node bouncer
+// and the VPN's gateway are who call it.
 //
 // It decides nothing: which decision wins, what is trimmed around a protected
-// address and when to write are the caller's business. It touches no other
-// table, and it never dumps a set, because the kernel needs quadratic time for
-// that and skips elements while it resizes.
+// address, what a peer was granted and when to write are the caller's business. It
+// touches no other table, and it dumps no set but the small ones in which packets
+// note what they tried, because the kernel needs quadratic time for that and skips
+// elements while it resizes.
 //
-// # The table
+// # The table of bans
 //
 // A single address is an element of a hash map from address to class mark
 // (bans4, bans6), a range one of a small interval map (nets4, nets6). A packet
@@ -33,6 +35,18 @@
 // transaction, and only then, in another, deletes the old one: for a moment both
 // enforce, and at no moment none. A generation without a base chain is inert,
 // what is left of an Install that was cut; the next one removes it.
+//
+// # The table of a VPN
+//
+// It judges what comes in by the VPN's interface before any translation of the
+// destination, so that grants name what peers see, and guards this machine as well
+// as what is behind it. A map leads from the packet's source to the chain of its
+// group, and that looks the packet up among the group's destinations; all else is
+// noted and refused. Each packet is judged anew, and each answer on its way back
+// by the same grants, so that a running connection ends with its grant. Nothing
+// else gets into the VPN, and nobody outside speaks with its addresses. As the
+// rules go by the name of the interface, they are there before it. They need
+// Linux 5.9. See AccessConn and accessLayout.
 //
 // Messages are encoded here and not by the library's Conn, which cannot set the
 // owner flag, cannot delete what may be missing, and puts what should be one
@@ -61,7 +75,7 @@ var (
 	// ErrPermission says that the process may not talk to nf_tables at all.
 	ErrPermission = errors.New("not permitted: nf_tables needs CAP_NET_ADMIN in this network namespace")
 	// ErrOwned says that another living process owns the table.
-	ErrOwned = errors.New("the table inet edgeward belongs to another process")
+	ErrOwned = errors.New("the table belongs to another process")
 	// ErrNotInstalled says that this Conn has not installed a generation that
 	// could be changed: the answer is Install.
 	ErrNotInstalled = errors.New("no generation of this process is installed")

@@ -55,6 +55,12 @@ func (b *batch) newSet(s set) {
 	if s.counters {
 		flags |= unix.NFT_SET_OBJECT
 	}
+	if s.fields != nil {
+		flags |= setConcat
+	}
+	if s.dynamic {
+		flags |= unix.NFT_SET_EVAL
+	}
 	b.uint32(unix.NFTA_SET_FLAGS, flags)
 	b.uint32(unix.NFTA_SET_KEY_TYPE, s.key)
 	b.uint32(unix.NFTA_SET_KEY_LEN, s.keyLen)
@@ -66,6 +72,12 @@ func (b *batch) newSet(s set) {
 		b.uint32(unix.NFTA_SET_OBJ_TYPE, objectCounter)
 	}
 	b.uint32(unix.NFTA_SET_ID, uint32(len(b.what)))
+	if s.size > 0 || s.fields != nil {
+		b.describe(s)
+	}
+	if s.lifetime > 0 {
+		b.uint64(unix.NFTA_SET_TIMEOUT, uint64(s.lifetime.Milliseconds()))
+	}
 	if s.sweep > 0 {
 		b.uint32(unix.NFTA_SET_GC_INTERVAL, uint32(s.sweep.Milliseconds()))
 	}
@@ -77,9 +89,34 @@ func (b *batch) newSet(s set) {
 	b.finish()
 	w := writer{batch: b, typ: unix.NFT_MSG_NEWSETELEM, set: s.name}
 	for _, span := range s.spans {
-		w.span(span.from, span.to, value{}, 0)
+		switch {
+		case s.fields != nil:
+			w.box(span.from, span.to)
+		case s.interval:
+			w.span(span.from, span.to, value{}, 0)
+		default:
+			w.one(span.from, value{}, 0)
+		}
 	}
 	w.end()
+}
+
+// describe tells the size of a set, and of what its keys are made.
+func (b *batch) describe(s set) {
+	at := b.nest(unix.NFTA_SET_DESC)
+	if s.size > 0 {
+		b.uint32(unix.NFTA_SET_DESC_SIZE, s.size)
+	}
+	if s.fields != nil {
+		fields := b.nest(attrSetFields)
+		for _, n := range s.fields {
+			field := b.nest(unix.NFTA_LIST_ELEM)
+			b.uint32(attrFieldLen, n)
+			b.close(field)
+		}
+		b.close(fields)
+	}
+	b.close(at)
 }
 
 func (b *batch) delSet(name string) {
@@ -108,8 +145,12 @@ func (b *batch) newChain(c chain) {
 		b.uint32(unix.NFTA_HOOK_HOOKNUM, uint32(c.hook))
 		b.uint32(unix.NFTA_HOOK_PRIORITY, uint32(c.priority))
 		b.close(at)
-		b.uint32(unix.NFTA_CHAIN_POLICY, 1) // accept
-		b.string(unix.NFTA_CHAIN_TYPE, "filter")
+		b.uint32(unix.NFTA_CHAIN_POLICY, chainAccepts)
+		typ := "filter"
+		if c.nat {
+			typ = "nat"
+		}
+		b.string(unix.NFTA_CHAIN_TYPE, typ)
 	}
 	b.finish()
 }
@@ -167,23 +208,29 @@ func (b *batch) addVerdict(set string, mark uint32, to string) {
 	list := b.nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 	elem := b.nest(unix.NFTA_LIST_ELEM)
 	b.value(unix.NFTA_SET_ELEM_KEY, binary.NativeEndian.AppendUint32(nil, mark))
-	data := b.nest(unix.NFTA_SET_ELEM_DATA)
-	verdict := b.nest(unix.NFTA_DATA_VERDICT)
-	code := int32(unix.NFT_GOTO)
-	b.uint32(unix.NFTA_VERDICT_CODE, uint32(code))
-	b.string(unix.NFTA_VERDICT_CHAIN, to)
-	b.close(verdict)
-	b.close(data)
+	b.leadTo(to)
 	b.close(elem)
 	b.close(list)
 	b.finish()
 }
 
-// value is what a map holds for a key: a mark, or the name of a counter; nothing
-// in a set.
+// leadTo is the verdict of an element that sends packets to a chain.
+func (b *batch) leadTo(chain string) {
+	data := b.nest(unix.NFTA_SET_ELEM_DATA)
+	verdict := b.nest(unix.NFTA_DATA_VERDICT)
+	code := int32(unix.NFT_GOTO)
+	b.uint32(unix.NFTA_VERDICT_CODE, uint32(code))
+	b.string(unix.NFTA_VERDICT_CHAIN, chain)
+	b.close(verdict)
+	b.close(data)
+}
+
+// value is what a map holds for a key: a mark, the name of a counter, or that of
+// a chain; nothing in a set.
 type value struct {
 	mark    uint32
 	counter string
+	chain   string
 }
 
 // writer puts elements of one set into messages of at most chunk elements, and
@@ -243,6 +290,16 @@ func (w *writer) span(from, to []byte, v value, timeout time.Duration) {
 	}
 }
 
+// box writes an interval of each part of a key.
+func (w *writer) box(from, to []byte) {
+	w.room(1)
+	b := w.batch
+	elem := b.nest(unix.NFTA_LIST_ELEM)
+	b.value(unix.NFTA_SET_ELEM_KEY, from)
+	b.value(attrElemKeyEnd, to)
+	b.close(elem)
+}
+
 func (w *writer) element(key []byte, v value, timeout time.Duration, flags uint32) {
 	b := w.batch
 	elem := b.nest(unix.NFTA_LIST_ELEM)
@@ -251,6 +308,9 @@ func (w *writer) element(key []byte, v value, timeout time.Duration, flags uint3
 		var mark [4]byte
 		binary.NativeEndian.PutUint32(mark[:], v.mark)
 		b.value(unix.NFTA_SET_ELEM_DATA, mark[:])
+	}
+	if v.chain != "" {
+		b.leadTo(v.chain)
 	}
 	if v.counter != "" {
 		b.string(unix.NFTA_SET_ELEM_OBJREF, v.counter)

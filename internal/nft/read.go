@@ -128,7 +128,8 @@ type generation struct {
 type state struct {
 	table       tableState
 	generations map[uint32]*generation
-	fingerprint uint64 // of chains, rules and sets
+	hooks       map[string]string // of chains that have one, by name: the kernel's words for it
+	fingerprint uint64            // of chains, rules and sets
 }
 
 func (s *state) of(name string) *generation {
@@ -163,6 +164,7 @@ func (c *Conn) inspect(table string) (*state, error) {
 // take reads the kernel's lists of chains, rules and sets.
 func (s *state) take(chains, rules, sets [][]byte) error {
 	var lines []string // of the fingerprint
+	s.hooks = map[string]string{}
 	for _, data := range chains {
 		var name, hook string
 		if err := attributes(data, func(typ uint16, d *netlink.AttributeDecoder) {
@@ -178,6 +180,7 @@ func (s *state) take(chains, rules, sets [][]byte) error {
 		g := s.of(name)
 		if hook != "" {
 			g.hooked = true
+			s.hooks[name] = hook
 			g.base = append(g.base, name)
 		} else {
 			g.chains = append(g.chains, name)
@@ -221,8 +224,7 @@ func (s *state) take(chains, rules, sets [][]byte) error {
 		g.sets = append(g.sets, name)
 		if base, _, ok := generationOf(name); ok && count >= 0 {
 			g.counts[base] = count
-			if !strings.HasPrefix(base, "bans") && !strings.HasPrefix(base, "nets") && !strings.HasPrefix(base, "allow") &&
-				!slices.Contains([]string{waiveBans + "4", waiveBans + "6", waiveLocks + "4", waiveLocks + "6"}, base) {
+			if !changing(base) {
 				name = fmt.Sprintf("%s %d", name, count) // those nobody should touch
 			}
 		}
@@ -235,6 +237,16 @@ func (s *state) take(chains, rules, sets [][]byte) error {
 	}
 	s.fingerprint = h.Sum64()
 	return nil
+}
+
+// changing reports whether elements of a set come and go without an Install.
+func changing(base string) bool {
+	switch base {
+	case "bans4", "bans6", "nets4", "nets6", "allow4", "allow6", waiveBans + "4", waiveBans + "6", waiveLocks + "4", waiveLocks + "6",
+		"hosts4", "hosts6", "sites4", "sites6":
+		return true
+	}
+	return false
 }
 
 // commentOf reads user data that anybody may have written.
@@ -455,17 +467,6 @@ func lastAddr(a netip.Addr) netip.Addr {
 // parseElement takes class and time left from an answer that holds one element,
 // and returns its key.
 func parseElement(data []byte, f *Found) (key []byte, err error) {
-	value := func(d *netlink.AttributeDecoder) (out []byte) {
-		d.Nested(func(d *netlink.AttributeDecoder) error {
-			for d.Next() {
-				if d.Type() == unix.NFTA_DATA_VALUE {
-					out = d.Bytes()
-				}
-			}
-			return nil
-		})
-		return out
-	}
 	err = attributes(data, func(typ uint16, d *netlink.AttributeDecoder) {
 		if typ != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 			return
@@ -476,9 +477,9 @@ func parseElement(data []byte, f *Found) (key []byte, err error) {
 					for d.Next() {
 						switch d.Type() {
 						case unix.NFTA_SET_ELEM_KEY:
-							key = value(d)
+							key = dataValue(d)
 						case unix.NFTA_SET_ELEM_DATA:
-							if v := value(d); len(v) == 4 {
+							if v := dataValue(d); len(v) == 4 {
 								f.Class = binary.NativeEndian.Uint32(v)
 							}
 						case unix.NFTA_SET_ELEM_OBJREF:
@@ -494,6 +495,19 @@ func parseElement(data []byte, f *Found) (key []byte, err error) {
 		})
 	})
 	return key, err
+}
+
+// dataValue reads a NFTA_DATA_VALUE.
+func dataValue(d *netlink.AttributeDecoder) (out []byte) {
+	d.Nested(func(d *netlink.AttributeDecoder) error {
+		for d.Next() {
+			if d.Type() == unix.NFTA_DATA_VALUE {
+				out = d.Bytes()
+			}
+		}
+		return nil
+	})
+	return out
 }
 
 // Counters returns all counters, sorted.
@@ -537,31 +551,46 @@ func (c *Conn) Counters() ([]Counter, error) {
 	return out, nil
 }
 
-// parseCounterObject reads a counter; ok is false for one that is not ours.
+// parseCounterObject reads a counter; ok is false for one that is not of bans.
 func parseCounterObject(data []byte) (n Counter, ok bool, err error) {
-	var name string
-	if err := attributes(data, func(typ uint16, d *netlink.AttributeDecoder) {
+	name, n, err := parseNamedCounter(data)
+	if err != nil {
+		return n, false, err
+	}
+	n.Kind, n.Name, n.IPv6, ok = parseCounter(name)
+	return n, ok, nil
+}
+
+// parseNamedCounter reads the numbers of a counter, and what it is called.
+func parseNamedCounter(data []byte) (name string, n Counter, err error) {
+	err = attributes(data, func(typ uint16, d *netlink.AttributeDecoder) {
 		switch typ {
 		case unix.NFTA_OBJ_NAME:
 			name = d.String()
 		case unix.NFTA_OBJ_DATA:
 			d.Nested(func(d *netlink.AttributeDecoder) error {
-				for d.Next() {
-					switch d.Type() {
-					case unix.NFTA_COUNTER_BYTES:
-						n.Bytes = d.Uint64()
-					case unix.NFTA_COUNTER_PACKETS:
-						n.Packets = d.Uint64()
-					}
-				}
+				n.Packets, n.Bytes = count(d)
 				return nil
 			})
 		}
-	}); err != nil {
-		return n, false, fmt.Errorf("decode counter: %w", err)
+	})
+	if err != nil {
+		err = fmt.Errorf("decode counter: %w", err)
 	}
-	n.Kind, n.Name, n.IPv6, ok = parseCounter(name)
-	return n, ok, nil
+	return name, n, err
+}
+
+// count reads what is inside a counter.
+func count(d *netlink.AttributeDecoder) (packets, bytes uint64) {
+	for d.Next() {
+		switch d.Type() {
+		case unix.NFTA_COUNTER_BYTES:
+			bytes = d.Uint64()
+		case unix.NFTA_COUNTER_PACKETS:
+			packets = d.Uint64()
+		}
+	}
+	return packets, bytes
 }
 
 // Flowtables names the flowtables of all tables of the namespace, as

@@ -17,10 +17,16 @@ const (
 	attrTableOwner = 7
 	attrSetCount   = 20
 
+	attrSetFields  = 2 // NFTA_SET_DESC_CONCAT
+	attrFieldLen   = 1
+	attrElemKeyEnd = 10
+	setConcat      = 0x80 // NFT_SET_CONCAT, Linux 5.6
+
 	attrFlowtableTable = 1
 	attrFlowtableName  = 2
 
 	objectCounter = 1
+	chainAccepts  = 1 // the policy
 
 	familyInet = 1 // NFPROTO_INET
 	subsystem  = unix.NFNL_SUBSYS_NFTABLES << 8

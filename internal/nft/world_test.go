@@ -174,11 +174,16 @@ func (w *world) stopped(want bool, from ...netip.Addr) {
 // load gives a ruleset of somebody else's to the node.
 func (w *world) load(text string) {
 	w.t.Helper()
-	file := w.t.TempDir() + "/rules.nft"
+	load(w.t, w.node, text)
+}
+
+func load(t testing.TB, ns *netns.NS, text string) {
+	t.Helper()
+	file := t.TempDir() + "/rules.nft"
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		w.t.Fatal(err)
+		t.Fatal(err)
 	}
-	w.node.MustExec("nft", "-f", file)
+	ns.MustExec("nft", "-f", file)
 }
 
 // nft lists the ruleset as nft sees it: that it can is part of every test.
