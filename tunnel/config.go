@@ -16,9 +16,12 @@ import (
 	"github.com/edgeward/edgeward/internal/config"
 	"github.com/edgeward/edgeward/internal/crowdsec"
 	"github.com/edgeward/edgeward/internal/decision"
+	"github.com/edgeward/edgeward/tunnel/wireguard"
 )
 
-// Config is tunnel.yaml. Load returns one that has been checked.
+// Config is tunnel.yaml. Load returns one that has been checked. It is for the
+// role cloudflare (tunnels, hosts and what goes with them), for the role
+// wireguard (wireguard, peers, services, grants), or for both.
 type Config struct {
 	// LAPI says where decisions come from. Without the section there are none,
 	// and the gate only routes.
@@ -37,6 +40,12 @@ type Config struct {
 	Cloudflare    CloudflareConfig `yaml:"cloudflare"`
 	Edge          EdgeConfig       `yaml:"edge"`
 	Drain         DrainConfig      `yaml:"drain"`
+	// WireGuard is the VPN's gateway; Peers may reach those of Services that
+	// Grants name.
+	WireGuard wireguard.Settings  `yaml:"wireguard"`
+	Peers     []wireguard.Peer    `yaml:"peers"`
+	Services  []wireguard.Service `yaml:"services"`
+	Grants    []wireguard.Grant   `yaml:"grants"`
 	// Listen is where /metrics, /healthz, /readyz and /v1/status are served.
 	Listen netip.AddrPort `yaml:"listen"`
 	// Socket is where the command line asks the program; empty for nowhere.
@@ -47,7 +56,9 @@ type Config struct {
 	// LogFormat is json or text.
 	LogFormat LogFormat `yaml:"logFormat"`
 
-	hasLAPI bool `yaml:"-"`
+	hasLAPI    bool `yaml:"-"`
+	hasTunnels bool `yaml:"-"`
+	hasVPN     bool `yaml:"-"`
 }
 
 // DecisionsConfig says which decisions count in the tunnel and what they mean.
@@ -291,7 +302,7 @@ type Host string
 // UnmarshalText reads a host.
 func (h *Host) UnmarshalText(text []byte) error {
 	name := strings.ToLower(strings.TrimSuffix(string(text), "."))
-	if !validHost(strings.TrimPrefix(name, "*.")) {
+	if !config.IsHost(strings.TrimPrefix(name, "*.")) {
 		return fmt.Errorf("%q: want a host name such as app.example.com, or *.example.com, without scheme, port and path", text)
 	}
 	*h = Host(name)
@@ -311,26 +322,6 @@ func (h Host) Wildcard() (suffix string, ok bool) {
 func (h Host) Covers(other Host) bool {
 	suffix, ok := h.Wildcard()
 	return h == other || ok && strings.HasSuffix(string(other), suffix)
-}
-
-// validHost reports whether name is a DNS name of letters, digits, hyphens and
-// underscores.
-func validHost(name string) bool {
-	if name == "" || len(name) > 253 {
-		return false
-	}
-	for label := range strings.SplitSeq(name, ".") {
-		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
-			return false
-		}
-		for i := 0; i < len(label); i++ {
-			c := label[i]
-			if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
-				return false
-			}
-		}
-	}
-	return true
 }
 
 // Service is where an origin service listens.
@@ -384,6 +375,7 @@ func Defaults() Config {
 		Ban:        BanConfig{Status: 403},
 		Cloudflare: CloudflareConfig{Policy: UpsertOnly, Interval: 10 * time.Minute, URL: APIURL},
 		Drain:      DrainConfig{LameDuck: 4 * time.Second, Grace: 20 * time.Second},
+		WireGuard:  wireguard.Defaults(),
 		Listen:     netip.MustParseAddrPort("127.0.0.1:9478"),
 		Socket:     "/run/edgeward/tunnel.sock",
 		LogFormat:  "json",
@@ -406,8 +398,11 @@ func (c *Config) check(check *config.Check) {
 		c.LAPI.Check(check, "lapi")
 	}
 	c.checkDecisions(check)
-	names := c.checkTunnels(check)
-	c.checkHosts(check, names)
+	c.checkVPN(check)
+	// A file for the VPN alone needs no tunnel.
+	if c.hasTunnels = !c.HasVPN() || slices.ContainsFunc([]string{"tunnels", "hosts", "cloudflare", "identity", "edge"}, check.Has); c.hasTunnels {
+		c.checkHosts(check, c.checkTunnels(check))
+	}
 	if c.Identity.PreviousKeyFile != "" && c.Identity.KeyFile == "" {
 		check.Fail("identity.previousKeyFile", "needs a keyFile beside it")
 	}
@@ -428,6 +423,22 @@ func (c *Config) check(check *config.Check) {
 	for _, p := range []struct{ key, path string }{{"socket", c.Socket}, {"stateDir", c.StateDir}} {
 		if p.path != "" && !filepath.IsAbs(p.path) {
 			check.Fail(p.key, "%q: want an absolute path", p.path)
+		}
+	}
+}
+
+func (c *Config) checkVPN(check *config.Check) {
+	if c.hasVPN = check.Has("wireguard"); c.hasVPN {
+		vpn := c.VPN()
+		vpn.Check(check)
+		c.WireGuard, c.Peers, c.Services, c.Grants = vpn.Settings, vpn.Peers, vpn.Services, vpn.Grants
+		return
+	}
+	for _, key := range []string{"peers", "services", "grants"} {
+		if check.Has(key) {
+			c.hasVPN = true
+			check.Fail(key, "is of no use without the section wireguard: give the gateway its addresses there")
+			return
 		}
 	}
 }
@@ -580,6 +591,18 @@ func (c *Config) NeedsTrailers(tunnel string) bool {
 	})
 }
 
+// HasTunnels reports whether c is for the role cloudflare.
+func (c *Config) HasTunnels() bool { return c.hasTunnels }
+
+// HasVPN reports whether c is for the role wireguard.
+func (c *Config) HasVPN() bool { return c.hasVPN }
+
+// VPN is what c says of the VPN; nothing is declared in it where HasVPN is
+// false.
+func (c *Config) VPN() *wireguard.Config {
+	return &wireguard.Config{Settings: c.WireGuard, Peers: c.Peers, Services: c.Services, Grants: c.Grants}
+}
+
 // HasLAPI reports whether there is a source of decisions.
 func (c *Config) HasLAPI() bool { return c.hasLAPI }
 
@@ -721,13 +744,25 @@ func (c *Config) Files() []config.File {
 	for _, z := range c.Cloudflare.Zones {
 		all = append(all, z.TokenFile)
 	}
+	all = append(all, c.VPN().Files()...)
 	slices.Sort(all)
 	return slices.DeleteFunc(slices.Compact(all), func(f config.File) bool { return f == "" })
 }
 
 // Warnings says what is allowed and might not be meant, a sentence each.
 func (c *Config) Warnings() []string {
-	var out []string
+	out, public := c.VPN().Warnings(), c.PublicHosts()
+	for _, s := range c.Services {
+		if slices.ContainsFunc(public, func(p PublicHost) bool { return s.Host != "" && p.Host.Covers(Host(s.Host)) }) {
+			out = append(out, fmt.Sprintf("service %s: its host %s is public, too: visitors reach it through the tunnel", s.Name, s.Host))
+		}
+	}
+	if c.hasVPN && c.StateDir == "" && slices.ContainsFunc(c.Peers, func(p wireguard.Peer) bool { return len(p.Addresses) < len(c.WireGuard.Addresses) }) {
+		out = append(out, "there is no stateDir, and peers without addresses of their own: those that they are given may change when others come and go")
+	}
+	if !c.hasTunnels {
+		return out
+	}
 	if !c.hasLAPI {
 		out = append(out, "there is no lapi: nobody is ever refused")
 	}

@@ -84,16 +84,57 @@ func files(c *Config) []string {
 	return out
 }
 
+// TestConfigOfTheVPN has files for the VPN alone, and for both roles.
+func TestConfigOfTheVPN(t *testing.T) {
+	const vpn = `
+wireguard: {addresses: [10.66.0.1/24], endpoint: vpn.example.com}
+peers:
+  - {name: alice, publicKey: AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAE=, presharedKeyFile: /psk, groups: [family]}
+services: [{name: app, host: app.example.com, addresses: [10.43.0.1], ports: [443/tcp]}]
+grants: [{to: [group:family], services: [app]}]
+`
+	alone, err := Parse("tunnel.yaml", []byte(vpn))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if alone.HasTunnels() || !alone.HasVPN() || !alone.Peers[0].Enabled || alone.VPN().Endpoint != "vpn.example.com:51830" {
+		t.Errorf("the configuration is %+v", alone)
+	}
+	if d := cmp.Diff([]string{"/psk", "/var/lib/edgeward/wireguard-key"}, files(&alone)); d != "" {
+		t.Error(d)
+	}
+	if d := cmp.Diff([]string{
+		"there are no wireguard.names.upstreams: peers that use the gateway's resolver resolve the hosts of services and nothing else",
+		"there is no stateDir, and peers without addresses of their own: those that they are given may change when others come and go",
+	}, alone.Warnings()); d != "" {
+		t.Error(d)
+	}
+	both, err := Parse("tunnel.yaml", []byte(small+vpn))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(both.Warnings(), "\n"); !both.HasTunnels() || !both.HasVPN() || !strings.Contains(got, "service app: its host app.example.com is public, too") || !strings.Contains(got, "no identity.keyFile") {
+		t.Errorf("the warnings are %s", got)
+	}
+	if c, err := Parse("tunnel.yaml", []byte(small)); err != nil || !c.HasTunnels() || c.HasVPN() || c.VPN().Declared() {
+		t.Errorf("a file without a VPN: %v", err)
+	}
+}
+
 func TestConfigSaysWhatIsWrong(t *testing.T) {
 	host := func(rest string) string { return lapiSection + oneTunnel + "hosts: [{" + rest + "}]" }
 	const good = "host: a.example.com, service: http://a"
 	for text, want := range map[string]string{
-		"":                                   "tunnels: is missing",
-		oneTunnel + "mode: blocc":            `mode: "blocc": want enforce or observe`,
-		oneTunnel + "hoste: []":              `unknown key "hoste": did you mean "hosts"?`,
-		"tunnels: [{tokenFile: /t}]":         "tunnels[0].name: is missing",
-		"tunnels: [{name: a}]":               "tunnels[0].tokenFile: is missing",
-		"tunnels: [{name: a, tokenFile: t}]": "want the absolute path of a file",
+		"":          "tunnels: is missing",
+		"peers: []": "peers: is of no use without the section wireguard",
+		"wireguard: {addresses: [10.66.0.1]}\nhosts: []":                                      "tunnels: is missing",
+		oneTunnel + "services: [{name: a}]":                                                   "services: is of no use without the section wireguard",
+		oneTunnel + "wireguard: {addresses: [10.66.0.0/24]}":                                  "wireguard.addresses[0]: 10.66.0.0 is the first or last address",
+		oneTunnel + "mode: blocc":                                                             `mode: "blocc": want enforce or observe`,
+		oneTunnel + "hoste: []":                                                               `unknown key "hoste": did you mean "hosts"?`,
+		"tunnels: [{tokenFile: /t}]":                                                          "tunnels[0].name: is missing",
+		"tunnels: [{name: a}]":                                                                "tunnels[0].tokenFile: is missing",
+		"tunnels: [{name: a, tokenFile: t}]":                                                  "want the absolute path of a file",
 		"tunnels: [{name: a, tokenFile: /t, credentialsFile: /c}]":                            "tunnels[0].credentialsFile: excludes tokenFile",
 		"tunnels: [{name: a, tokenFile: /t}, {name: a, tokenFile: /t}]":                       `tunnels[1].name: "a" is taken`,
 		"tunnels: [{name: a, tokenFile: /t, connections: 9}]":                                 "tunnels[0].connections: 9: want 1 to 8",

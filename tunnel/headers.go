@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/edgeward/edgeward/internal/config"
 )
 
 // incoming is what a request of the tunnel says, once nothing in it is left to
@@ -51,7 +53,7 @@ func malformedStatus(reason string) int {
 // claims to know who the visitor is, and what is for cloudflared.
 func read(req *http.Request) (*incoming, string) {
 	in := &incoming{host: bareHost(req.Host), scheme: "https"}
-	if !httpguts.ValidHostHeader(req.Host) || !validHost(in.host) || !validPort(req.Host) {
+	if !httpguts.ValidHostHeader(req.Host) || !config.IsHost(in.host) || !validPort(req.Host) {
 		return nil, badHost
 	}
 	if req.Method == http.MethodConnect || req.Method == http.MethodTrace {

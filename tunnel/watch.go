@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -23,6 +24,11 @@ type Watcher struct {
 	every time.Duration
 	now   chan struct{}
 
+	// What the file last said, of the one goroutine that reads it: to take ten
+	// thousand peers apart costs more than to see that nothing changed.
+	text   []byte
+	parsed Config
+
 	mu      sync.Mutex
 	seen    [sha256.Size]byte // what was applied last, or refused last
 	trouble string            // why it was refused
@@ -41,11 +47,12 @@ const (
 // NewWatcher reads the file at path, which must be right, and returns what it
 // says with the watcher of what it becomes.
 func NewWatcher(path string, log *slog.Logger) (*Watcher, Config, error) {
-	c, _, err := load(path)
+	w := &Watcher{path: path, log: log.With("component", "config"), every: watchInterval, now: make(chan struct{}, 1)}
+	c, _, err := w.load()
 	if err != nil {
 		return nil, Config{}, err
 	}
-	return &Watcher{path: path, log: log.With("component", "config"), every: watchInterval, now: make(chan struct{}, 1)}, c, nil
+	return w, c, nil
 }
 
 // OnChange says what is called, by one goroutine, with the configuration at the
@@ -94,7 +101,7 @@ func (w *Watcher) Run(ctx context.Context) error {
 // turn applies what changed, and again what was refused: the reason may lie
 // outside of the files.
 func (w *Watcher) turn(ctx context.Context) {
-	c, sum, err := load(w.path)
+	c, sum, err := w.load()
 	read := err == nil
 	if read {
 		w.mu.Lock()
@@ -128,20 +135,24 @@ func (w *Watcher) turn(ctx context.Context) {
 	case err != nil:
 		w.log.Error("cannot apply all of the configuration, what was good before stays", "err", err)
 	default:
-		w.log.Info("configuration applied", "hosts", len(c.Hosts), "tunnels", len(c.Tunnels))
+		w.log.Info("configuration applied", "hosts", len(c.Hosts), "tunnels", len(c.Tunnels), "peers", len(c.Peers))
 	}
 }
 
-// load reads the configuration at path, with a sum that tells it and the files
-// that it names from others.
-func load(path string) (c Config, sum [sha256.Size]byte, err error) {
-	text, err := os.ReadFile(path)
+// load reads the configuration, with a sum that tells it and the files that it
+// names from others.
+func (w *Watcher) load() (c Config, sum [sha256.Size]byte, err error) {
+	text, err := os.ReadFile(w.path)
 	if err != nil {
 		return c, sum, fmt.Errorf("read configuration: %w", err)
 	}
-	if c, err = Parse(path, text); err != nil {
-		return c, sum, err // with no sum: whatever is right after that is news
+	if w.text == nil || !bytes.Equal(text, w.text) {
+		if c, err = Parse(w.path, text); err != nil {
+			return c, sum, err // with no sum: whatever is right after that is news
+		}
+		w.text, w.parsed = text, c
 	}
+	c = w.parsed
 	h := sha256.New()
 	fmt.Fprintf(h, "%d\n%s", len(text), text)
 	for _, f := range c.Files() {

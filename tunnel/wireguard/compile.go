@@ -1,0 +1,277 @@
+package wireguard
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/edgeward/edgeward/internal/config"
+)
+
+// Compile returns what c wants at a time. A peer whose preshared key is not in
+// secrets is unready: without it the tunnel would be weaker than declared.
+// Where secrets are zero, as on a machine that is not the gateway, that is not
+// asked for: such a Desired is for NewPlan.
+func Compile(c *Config, addresses Assigned, secrets Secrets, now time.Time) Desired {
+	d := Desired{
+		Device: Device{
+			Interface:  c.Interface,
+			Mode:       c.Mode,
+			PrivateKey: secrets.PrivateKey,
+			PublicKey:  c.PublicKey,
+			ListenPort: uint16(c.ListenPort),
+			MTU:        c.MTU,
+		},
+		Access: Access{Gateway: c.gateway(), Networks: c.Networks(), Resolver: c.resolves(), Masquerade: c.Masquerade},
+	}
+	if public := secrets.PrivateKey.Public(); !public.IsZero() {
+		d.Device.PublicKey = public
+	}
+	for _, a := range c.Settings.Addresses {
+		d.Device.Addresses = append(d.Device.Addresses, a.Prefix)
+	}
+	slices.SortFunc(d.Device.Addresses, comparePrefixes)
+	d.Services = slices.SortedFunc(slices.Values(c.Services), func(a, b Service) int { return cmp.Compare(a.Name, b.Name) })
+	grants := c.grants()
+	groups := c.newGrouping()
+	for i := range c.Peers {
+		p := &c.Peers[i]
+		if state, why := stateOf(p, addresses[p.Name], secrets, now); state != Live {
+			d.Idle = append(d.Idle, IdlePeer{
+				Name: p.Name, PublicKey: p.PublicKey, Addresses: addresses[p.Name],
+				Groups: sorted(p.Groups), State: state, Why: why, Expires: p.Expires.Time,
+			})
+			continue
+		}
+		if e := p.Expires.Time; !e.IsZero() && (d.Next.IsZero() || e.Before(d.Next)) {
+			d.Next = e
+		}
+		live := DesiredPeer{
+			Name: p.Name, PublicKey: p.PublicKey,
+			PresharedKey: secrets.Preshared[p.PresharedKeyFile], Shared: p.PresharedKeyFile != "",
+			Next: p.NextPublicKey, NextPresharedKey: secrets.Preshared[p.NextPresharedKeyFile],
+			Addresses: addresses[p.Name], Groups: sorted(p.Groups), Services: grants.of(p), Expires: p.Expires.Time,
+		}
+		if live.Problem = secrets.lacks(p.NextPresharedKeyFile); live.Problem != "" {
+			live.Next = PublicKey{}
+		}
+		if live.Networks = slices.Clone(p.AllowedIPs); live.Networks != nil {
+			slices.SortFunc(live.Networks, comparePrefixes)
+		}
+		group := groups.of(live.Services)
+		for _, prefix := range live.AllowedIPs() {
+			d.Access.Sources = append(d.Access.Sources, Source{prefix, p.Name, group})
+		}
+		d.Device.Routes = append(d.Device.Routes, live.Networks...)
+		d.Peers = append(d.Peers, live)
+	}
+	slices.SortFunc(d.Peers, func(a, b DesiredPeer) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(d.Idle, func(a, b IdlePeer) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(d.Access.Sources, func(a, b Source) int { return comparePrefixes(a.Prefix, b.Prefix) })
+	slices.SortFunc(d.Device.Routes, comparePrefixes)
+	d.Access.Groups = groups.made()
+	d.Access.Translate = c.translations()
+	d.Names = c.answers(d.Access.Sources)
+	return d
+}
+
+// stateOf is what a peer is at a time; why says more of one that is unready.
+func stateOf(p *Peer, addresses []netip.Addr, secrets Secrets, now time.Time) (state State, why string) {
+	switch {
+	case !p.Enabled:
+		return Disabled, ""
+	case !p.Expires.IsZero() && !now.Before(p.Expires.Time):
+		return Expired, ""
+	case len(addresses) == 0 && len(p.AllowedIPs) == 0:
+		return Unready, "there is no address left for it"
+	}
+	if why := secrets.lacks(p.PresharedKeyFile); why != "" {
+		return Unready, why
+	}
+	return Live, ""
+}
+
+// lacks says why the preshared key of a file is not at hand; empty where it is,
+// or is not asked for.
+func (s Secrets) lacks(file config.File) string {
+	if _, ok := s.Preshared[file]; ok || file == "" || s.PrivateKey.IsZero() {
+		return ""
+	}
+	if err := s.Failed[file]; err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("preshared key %s was not read", string(file))
+}
+
+func sorted(names []Name) []Name {
+	names = slices.Clone(names)
+	slices.Sort(names)
+	return names
+}
+
+// grantIndex finds what a peer is granted without looking at every grant.
+type grantIndex map[Subject][]Name
+
+func (c *Config) grants() grantIndex {
+	out := grantIndex{}
+	for _, g := range c.Grants {
+		for _, s := range g.To {
+			out[s] = append(out[s], g.Services...)
+		}
+	}
+	return out
+}
+
+// of are the services that a peer may reach, sorted.
+func (g grantIndex) of(p *Peer) []Name {
+	out := slices.Clone(g[Subject{false, p.Name}])
+	for _, group := range p.Groups {
+		out = append(out, g[Subject{true, group}]...)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// grouping makes groups of the sets of services that occur.
+type grouping struct {
+	services map[Name]*Service
+	groups   map[string]Group // by the names of their services
+}
+
+func (c *Config) newGrouping() grouping {
+	g := grouping{map[Name]*Service{}, map[string]Group{}}
+	for i := range c.Services {
+		g.services[c.Services[i].Name] = &c.Services[i]
+	}
+	return g
+}
+
+// of is the name of the group of peers that may reach these services; there is
+// none for those that may reach nothing.
+func (g grouping) of(services []Name) string {
+	if len(services) == 0 {
+		return ""
+	}
+	key := fmt.Sprint(services)
+	made, ok := g.groups[key]
+	if !ok {
+		made.Services = services
+		for _, name := range services {
+			s := g.services[name]
+			for _, to := range s.Addresses {
+				for _, p := range s.Ports {
+					made.Reach = append(made.Reach, Reach{to, p, name})
+				}
+			}
+		}
+		made.Reach = disjoint(made.Reach)
+		sum := sha256.Sum256(fmt.Appendf(nil, "%v %v", made.Services, made.Reach))
+		made.Name = "g" + hex.EncodeToString(sum[:6])
+		g.groups[key] = made
+	}
+	return made.Name
+}
+
+func (g grouping) made() []Group {
+	return slices.SortedFunc(maps.Values(g.groups), func(a, b Group) int { return cmp.Compare(a.Name, b.Name) })
+}
+
+// disjoint returns what covers the same and does not overlap: of networks that
+// lie in each other the wider keeps its ports, since either they are nested or
+// have nothing in common; of the same ports, the service that comes first.
+func disjoint(all []Reach) []Reach {
+	slices.SortStableFunc(all, func(a, b Reach) int {
+		return cmp.Or(comparePrefixes(a.To, b.To), cmp.Compare(a.Ports.Protocol, b.Ports.Protocol))
+	})
+	var out []Reach
+	var around []netip.Prefix // networks that the present one lies in, or is
+	kept := map[netip.Prefix][]Ports{}
+	for _, r := range all {
+		for len(around) > 0 && !covers(around[len(around)-1], r.To) {
+			delete(kept, around[len(around)-1])
+			around = around[:len(around)-1]
+		}
+		if len(around) == 0 || around[len(around)-1] != r.To {
+			around = append(around, r.To)
+		}
+		left := []Ports{r.Ports}
+		for _, n := range around {
+			for _, p := range kept[n] {
+				left = without(left, p)
+			}
+		}
+		kept[r.To] = append(kept[r.To], left...)
+		for _, p := range left {
+			out = append(out, Reach{r.To, p, r.Service})
+		}
+	}
+	slices.SortFunc(out, func(a, b Reach) int {
+		return cmp.Or(comparePrefixes(a.To, b.To), cmp.Compare(a.Ports.Protocol, b.Ports.Protocol), cmp.Compare(a.Ports.First, b.Ports.First))
+	})
+	return out
+}
+
+// without takes ports out of others.
+func without(from []Ports, p Ports) []Ports {
+	var out []Ports
+	for _, f := range from {
+		if !f.overlaps(p) {
+			out = append(out, f)
+			continue
+		}
+		if f.First < p.First {
+			out = append(out, Ports{f.First, p.First - 1, f.Protocol})
+		}
+		if p.Last < f.Last {
+			out = append(out, Ports{p.Last + 1, f.Last, f.Protocol})
+		}
+	}
+	return out
+}
+
+// translations are those of all services: that nobody is granted one is no
+// reason to lay its address open.
+func (c *Config) translations() []Translation {
+	var out []Translation
+	for _, s := range c.Services {
+		for _, from := range s.Addresses {
+			for _, to := range s.Targets {
+				if to.BitLen() == from.Addr().BitLen() {
+					out = append(out, Translation{s.Name, from.Addr(), to, s.Ports})
+				}
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b Translation) int {
+		return cmp.Or(a.From.Compare(b.From), cmp.Compare(a.Service, b.Service))
+	})
+	return out
+}
+
+func (c *Config) answers(sources []Source) Answers {
+	if !c.resolves() {
+		return Answers{}
+	}
+	a := Answers{Listen: c.gateway(), Hosts: map[Host][]netip.Addr{}, Zones: c.Names.Zones}
+	for _, s := range c.Services {
+		if s.Host == "" || a.Hosts[s.Host] != nil {
+			continue // the same host has the same addresses
+		}
+		for _, p := range s.Addresses {
+			a.Hosts[s.Host] = append(a.Hosts[s.Host], p.Addr())
+		}
+		slices.SortFunc(a.Hosts[s.Host], netip.Addr.Compare)
+	}
+	for _, u := range c.Names.Upstreams {
+		a.Upstreams = append(a.Upstreams, u.AddrPort)
+	}
+	for _, s := range sources {
+		a.Peers = append(a.Peers, s.Prefix)
+	}
+	return a
+}
