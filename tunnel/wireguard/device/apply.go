@@ -1,0 +1,280 @@
+package device
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+)
+
+// Apply makes the changes. It goes on after a failure, so that what can be done
+// is; what could not is in the error, and the caller reads and compares anew.
+// Removals come first. A port that is taken is refused before it is sent, and an
+// address or route that is another's likewise: the device keeps what it has.
+func (d *Device) Apply(changes Changes) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.apply(changes)
+}
+
+func (d *Device) apply(c Changes) error {
+	var errs []error
+	try := func(err error) {
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	defer d.settle(c)
+
+	// Kernel and wireguard-go alike stop at the first thing that they refuse. So
+	// what may be refused is not before the peers that go.
+	if len(c.Remove) > 0 && (c.PrivateKey != nil || c.ListenPort != nil) {
+		try(d.configure(wgtypes.Config{Peers: peerConfigs(Changes{Remove: c.Remove})}))
+		c.Remove = nil
+	}
+	if c.PrivateKey != nil {
+		try(d.configure(wgtypes.Config{PrivateKey: (*wgtypes.Key)(c.PrivateKey)}))
+	}
+	if c.ListenPort != nil {
+		try(d.setPort(*c.ListenPort))
+	}
+
+	// Peers that an earlier process spoke to come first, and are called as soon
+	// as packets pass.
+	var rest []Peer
+	if d.fresh {
+		c.Add, rest = d.recent(c.Add)
+		for _, p := range c.Add {
+			d.call = append(d.call, p.PublicKey)
+		}
+	}
+	if peers := peerConfigs(c); len(peers) > 0 {
+		try(d.configure(wgtypes.Config{Peers: peers}))
+	}
+
+	if link, err := linkByName(d.options.Name); err != nil || link == nil {
+		try(fmt.Errorf("change interface %s: %w", d.options.Name, cmp.Or(err, error(fs.ErrNotExist))))
+	} else {
+		if err := overlaps(d.options.Name, slices.Concat(c.AddAddresses, c.AddRoutes)); err != nil {
+			try(err)
+			c.AddAddresses, c.AddRoutes = nil, nil
+		}
+		try(applyLink(link, c))
+		if c.Up {
+			try(d.bringUp())
+		}
+		try(applyRoutes(link, c))
+	}
+	if d.fresh && d.user != nil && d.user.up {
+		d.user.call(d.call)
+		d.fresh, d.call = false, nil
+	}
+	if len(rest) > 0 {
+		try(d.configure(wgtypes.Config{Peers: peerConfigs(Changes{Add: rest})}))
+	}
+	return errors.Join(errs...)
+}
+
+// bringUp lets packets pass. Without a port the device would choose one, where
+// nobody looks for it.
+func (d *Device) bringUp() error {
+	if d.port == 0 {
+		return fmt.Errorf("bring up interface %s: it has no listen port", d.options.Name)
+	}
+	if err := setUp(d.options.Name); err != nil {
+		if errors.Is(err, unix.EADDRINUSE) { // the kernel binds the port now
+			return portTaken(d.port)
+		}
+		return fmt.Errorf("bring up interface %s: %w", d.options.Name, rights(err))
+	}
+	if d.user != nil {
+		return d.user.bringUp(d.port)
+	}
+	return nil
+}
+
+// setPort sets the listen port. wireguard-go closes the old one before it opens
+// the new one, and the kernel refuses all that comes with it: so a port that
+// cannot be had is not asked for, and one that is refused is taken back.
+func (d *Device) setPort(port uint16) error {
+	if err := portFree(port); err != nil {
+		return err
+	}
+	set := func(port uint16) error {
+		p := int(port)
+		return d.configure(wgtypes.Config{ListenPort: &p})
+	}
+	err := set(port)
+	if err == nil {
+		d.port = port
+		return nil
+	}
+	if errors.Is(err, unix.EADDRINUSE) {
+		err = portTaken(port)
+	}
+	if d.port != 0 {
+		err = errors.Join(err, set(d.port))
+	}
+	return err
+}
+
+// recently is how old a handshake may be for its peer to be called after a
+// restart: the time that a session lives, that of the memory's being behind, and
+// some for the restart.
+const recently = 5 * time.Minute
+
+// recent parts peers into those that had a session a moment ago, with the
+// endpoints from which they spoke, and the rest.
+func (d *Device) recent(peers []Peer) (first, rest []Peer) {
+	since := d.memory.now().Add(-recently)
+	for _, p := range peers {
+		r := d.memory.keys[p.PublicKey]
+		if r == nil || !r.Endpoint.IsValid() || r.Handshake.Before(since) {
+			rest = append(rest, p)
+			continue
+		}
+		p.Endpoint = r.Endpoint
+		first = append(first, p)
+	}
+	return first, rest
+}
+
+// settle notes what follows from changes, done or not: Have is going to correct it.
+func (d *Device) settle(c Changes) {
+	for _, r := range c.Remove {
+		d.memory.left(r.Key)
+		if d.user != nil {
+			d.user.guard.drop(r.Key)
+		}
+	}
+	for _, u := range c.Update {
+		d.memory.name(u.Key, u.Name)
+		if d.user != nil && len(u.AddIPs)+len(u.RemoveIPs) > 0 {
+			d.user.guard.set(u.Key, u.IPs)
+		}
+	}
+	for _, p := range c.Add {
+		d.memory.name(p.PublicKey, p.Name)
+		d.memory.joined(p.PublicKey)
+		if d.user != nil {
+			d.user.guard.set(p.PublicKey, p.AllowedIPs)
+		}
+	}
+	if d.user != nil {
+		d.limit.peers(d.memory.present)
+	}
+	for _, r := range c.Rotated {
+		d.log.Info("peer follows its next key", "peer", r.Name)
+		delete(d.staged, r.To)
+		if d.options.Rotated != nil {
+			go d.options.Rotated(r)
+		}
+	}
+}
+
+// peerConfigs says the changes of peers in wgctrl's words: removals, then changes,
+// then new ones.
+func peerConfigs(c Changes) []wgtypes.PeerConfig {
+	all := make([]wgtypes.PeerConfig, 0, len(c.Remove)+len(c.Update)+len(c.Add))
+	for _, r := range c.Remove {
+		all = append(all, wgtypes.PeerConfig{PublicKey: wgtypes.Key(r.Key), Remove: true, UpdateOnly: true})
+	}
+	for _, u := range c.Update {
+		p := wgtypes.PeerConfig{
+			PublicKey: wgtypes.Key(u.Key), UpdateOnly: true, Endpoint: udpAddr(u.Endpoint),
+			PresharedKey: (*wgtypes.Key)(u.PresharedKey), PersistentKeepaliveInterval: u.Keepalive,
+		}
+		// Nothing is without an owner for a moment if nothing goes.
+		switch {
+		case len(u.RemoveIPs) > 0:
+			p.ReplaceAllowedIPs, p.AllowedIPs = true, ipNets(u.IPs)
+		case len(u.AddIPs) > 0:
+			p.AllowedIPs = ipNets(u.AddIPs)
+		}
+		all = append(all, p)
+	}
+	for _, p := range c.Add {
+		all = append(all, whole(p))
+	}
+	return all
+}
+
+// whole is all of a peer, to be added or set.
+func whole(p Peer) wgtypes.PeerConfig {
+	return wgtypes.PeerConfig{
+		PublicKey: wgtypes.Key(p.PublicKey), PresharedKey: (*wgtypes.Key)(&p.PresharedKey),
+		Endpoint: udpAddr(p.Endpoint), PersistentKeepaliveInterval: &p.Keepalive,
+		ReplaceAllowedIPs: true, AllowedIPs: ipNets(p.AllowedIPs),
+	}
+}
+
+// revive makes ready to speak to the device again after an error: netlink sockets
+// break, and the socket of one in userspace can be taken away.
+func (d *Device) revive() error {
+	_ = d.client.Close()
+	c, err := d.seams.client()
+	if err != nil {
+		return fmt.Errorf("speak to WireGuard: %w", rights(err))
+	}
+	d.client = c
+	return d.socketAgain()
+}
+
+// configure sends a configuration, without peers to be replaced. If there was no
+// one to send it to, it tries again.
+func (d *Device) configure(c wgtypes.Config) error {
+	err := d.client.ConfigureDevice(d.options.Name, c)
+	if err != nil && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED)) {
+		if err := d.revive(); err != nil {
+			return err
+		}
+		err = d.client.ConfigureDevice(d.options.Name, c)
+	}
+	if err != nil {
+		return fmt.Errorf("configure device %s: %w", d.options.Name, named(rights(err)))
+	}
+	return nil
+}
+
+// named gives the error of a device in userspace, which comes as a number in a
+// text, its meaning back.
+func named(err error) error {
+	var errno int
+	if at := strings.Index(err.Error(), "errno=-"); at >= 0 {
+		if _, scan := fmt.Sscanf(err.Error()[at:], "errno=-%d", &errno); scan == nil {
+			return unix.Errno(errno)
+		}
+	}
+	return err
+}
+
+func addrPort(a *net.UDPAddr) netip.AddrPort {
+	if a == nil {
+		return netip.AddrPort{}
+	}
+	p := a.AddrPort()
+	return netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
+}
+
+func udpAddr(a netip.AddrPort) *net.UDPAddr {
+	if !a.IsValid() {
+		return nil
+	}
+	return net.UDPAddrFromAddrPort(a)
+}
+
+func ipNets(all []netip.Prefix) []net.IPNet {
+	nets := make([]net.IPNet, len(all))
+	for i, p := range all {
+		nets[i] = *ipNet(p.Masked())
+	}
+	return nets
+}
