@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,13 +11,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
-	"time"
 
-	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
 
 	"github.com/edgeward/edgeward/bouncer"
+	"github.com/edgeward/edgeward/internal/command"
 	"github.com/edgeward/edgeward/internal/config"
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/internal/nft"
@@ -26,30 +23,17 @@ import (
 
 // commands is the command line.
 func commands() *cobra.Command {
-	var path, format, socket string
+	var path, socket string
 	var withProbe bool
-	root := &cobra.Command{
-		Use:               "edgeward-bouncer",
-		Short:             "Hold CrowdSec's bans in this node's kernel",
-		SilenceUsage:      true,
-		SilenceErrors:     true,
-		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
-	}
+	root := command.New("edgeward-bouncer", "Hold CrowdSec's bans in this node's kernel")
 	root.PersistentFlags().StringVar(&path, "config", "/etc/edgeward/bouncer.yaml", "configuration `FILE`")
-	root.PersistentFlags().StringVar(&format, "output", "table", "json, yaml or table")
 	root.PersistentFlags().StringVar(&socket, "socket", "", "ask the agent at `PATH`, not where the configuration says")
-	root.PersistentPreRunE = func(*cobra.Command, []string) error {
-		if format != "json" && format != "yaml" && format != "table" {
-			return fmt.Errorf("output %q: want json, yaml or table", format)
-		}
-		return nil
-	}
 	verify := &cobra.Command{
 		Use: "check", Short: "Check the configuration, and change nothing", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := bouncer.Load(path)
 			if withProbe {
-				return probe(cmd.Context(), cmd.OutOrStdout(), format, &c, err, socket)
+				return probe(cmd, &c, err, socket)
 			}
 			if err != nil {
 				return err
@@ -59,7 +43,7 @@ func commands() *cobra.Command {
 	}
 	verify.Flags().BoolVar(&withProbe, "probe", false,
 		"prove with packets from a test address, banned for seconds, that this node drops (as root with CAP_SYS_ADMIN, beside a running agent)")
-	root.AddCommand(orders(&socket, &path, &format)...)
+	root.AddCommand(orders(&socket, &path)...)
 	root.AddCommand(
 		verify,
 		&cobra.Command{
@@ -85,16 +69,16 @@ func commands() *cobra.Command {
 				at := askAt(cmd, socket, path)
 				s, err := bouncer.AskStatus(cmd.Context(), at)
 				if errors.Is(err, daemon.ErrNotRunning) {
-					return kernelAlone(cmd.OutOrStdout(), format, path, noAgent(at, err))
+					return kernelAlone(cmd, path, noAgent(at, err))
 				}
 				if err != nil {
 					return err
 				}
-				return show(cmd.OutOrStdout(), format, s, statusTable)
+				return command.Show(cmd, s, statusTable)
 			},
 		},
 		&cobra.Command{
-			Use: "why ADDR", Short: "Show what applies to an address, and why", Args: one("address", "192.0.2.1"),
+			Use: "why ADDR", Short: "Show what applies to an address, and why", Args: command.One("address", "192.0.2.1"),
 			RunE: func(cmd *cobra.Command, args []string) error {
 				addr, err := netip.ParseAddr(args[0])
 				if err != nil {
@@ -105,15 +89,7 @@ func commands() *cobra.Command {
 				if err != nil {
 					return noAgent(at, err)
 				}
-				return show(cmd.OutOrStdout(), format, w, whyTable)
-			},
-		},
-		&cobra.Command{
-			Use: "version", Short: "Show the version", Args: cobra.NoArgs,
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				return show(cmd.OutOrStdout(), format, daemon.Version(), func(w io.Writer, v daemon.Build) {
-					fmt.Fprintf(w, "edgeward-bouncer %s\n", v)
-				})
+				return command.Show(cmd, w, whyTable)
 			},
 		},
 	)
@@ -128,7 +104,7 @@ func check(w io.Writer, path string, c *bouncer.Config, getenv func(string) stri
 			fmt.Fprintf(w, "the list %s cannot be read as it is: %s\n", l.Name, l.Error)
 			continue
 		}
-		fmt.Fprintf(w, "the list %s has %s and %s\n", l.Name, number(l.Entries, "entry", "entries"), number(l.Unreadable, "line that is none", "lines that are none"))
+		fmt.Fprintf(w, "the list %s has %s and %s\n", l.Name, command.Number(l.Entries, "entry", "entries"), command.Number(l.Unreadable, "line that is none", "lines that are none"))
 	}
 	connected(w, c, getenv)
 	secrets(w, c)
@@ -235,7 +211,7 @@ type alone struct {
 // kernelAlone shows what the kernel enforces where no agent runs, and fails with
 // the reason why the agent did not answer. path is the configuration's, which
 // tells rules that drop from rules that count.
-func kernelAlone(w io.Writer, format, path string, reason error) error {
+func kernelAlone(cmd *cobra.Command, path string, reason error) error {
 	conn, err := nft.Open(nft.Options{ReadOnly: true})
 	if err != nil {
 		return errors.Join(reason, fmt.Errorf("read what the kernel holds: %w", err))
@@ -252,7 +228,7 @@ func kernelAlone(w io.Writer, format, path string, reason error) error {
 	if c, err := bouncer.Load(path); err == nil {
 		k.Mode = c.ModeOf(have.Layout)
 	}
-	if err := show(w, format, a, aloneTable); err != nil {
+	if err := command.Show(cmd, a, aloneTable); err != nil {
 		return err
 	}
 	return reason
@@ -272,24 +248,6 @@ func aloneTable(w io.Writer, a alone) {
 	default:
 		fmt.Fprintf(w, "no agent runs; the kernel holds %s %s;\nits rules are of another configuration or release: nft list table inet edgeward shows whether they drop or count\n", what, lasts)
 	}
-}
-
-// show writes a value in the chosen form.
-func show[T any](w io.Writer, format string, value T, table func(io.Writer, T)) error {
-	if format == "table" {
-		t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-		table(t, value)
-		return t.Flush()
-	}
-	text, err := json.MarshalIndent(value, "", "  ")
-	if err == nil && format == "yaml" {
-		text, err = yaml.JSONToYAML(text)
-	}
-	if err != nil {
-		return fmt.Errorf("write %s: %w", format, err)
-	}
-	_, err = fmt.Fprintf(w, "%s\n", strings.TrimRight(string(text), "\n"))
-	return err
 }
 
 func statusTable(w io.Writer, s bouncer.Status) {
@@ -312,15 +270,15 @@ func statusTable(w io.Writer, s bouncer.Status) {
 	lapi := "answering"
 	switch {
 	case s.LAPI.Error != "":
-		lapi = fmt.Sprintf("failing since %s: %s", moment(s.LAPI.Failing), s.LAPI.Error)
+		lapi = fmt.Sprintf("failing since %s: %s", command.Moment(s.LAPI.Failing), s.LAPI.Error)
 	case !s.LAPI.Answering:
 		lapi = "not answering"
 	}
 	if s.LAPI.URL != "" {
-		line("lapi", "%s, last pull %s, %s", s.LAPI.URL, ago(s.LAPI.LastPull), lapi)
+		line("lapi", "%s, last pull %s, %s", s.LAPI.URL, command.Ago(s.LAPI.LastPull), lapi)
 	}
 	for _, l := range s.Lists {
-		line("list", "%s, %s, %s, read %s", l.Name, number(l.Entries, "entry", "entries"), number(l.Unreadable, "unreadable line", "unreadable lines"), ago(l.Read))
+		line("list", "%s, %s, %s, read %s", l.Name, command.Number(l.Entries, "entry", "entries"), command.Number(l.Unreadable, "unreadable line", "unreadable lines"), command.Ago(l.Read))
 		switch {
 		case l.Error != "" && l.Entries == 0:
 			line("warning", "the list %s holds nothing yet: %s", l.Name, l.Error)
@@ -333,7 +291,7 @@ func statusTable(w io.Writer, s bouncer.Status) {
 		dropped = "would be dropped"
 	}
 	for _, l := range s.Locks {
-		line("lock", "%s: %s; %s %s", l.Name, ports(l.Ports), number(int(l.Packets), "packet", "packets"), dropped)
+		line("lock", "%s: %s; %s %s", l.Name, ports(l.Ports), command.Number(int(l.Packets), "packet", "packets"), dropped)
 	}
 	k := s.Kernel
 	held := "shared with others"
@@ -344,13 +302,13 @@ func statusTable(w io.Writer, s bouncer.Status) {
 	case s.StoodDown:
 		line("kernel", "no table: cleanup removed it")
 	case !k.Enforcing:
-		line("kernel", "no table yet, looked at %s", ago(k.Looked))
+		line("kernel", "no table yet, looked at %s", command.Ago(k.Looked))
 	default:
 		line("kernel", "generation %d, %s, %s, %s, looked at %s", k.Generation, held,
-			elements(k.Bans4, k.Bans6, "address", "addresses"), elements(k.Ranges4, k.Ranges6, "range", "ranges"), ago(k.Looked))
+			elements(k.Bans4, k.Bans6, "address", "addresses"), elements(k.Ranges4, k.Ranges6, "range", "ranges"), command.Ago(k.Looked))
 	}
 	if k.Interference > 0 {
-		line("interference", "%s, repaired %s", number(int(k.Interference), "time", "times"), number(int(k.Repairs), "time", "times"))
+		line("interference", "%s, repaired %s", command.Number(int(k.Interference), "time", "times"), command.Number(int(k.Repairs), "time", "times"))
 	}
 	if k.Error != "" {
 		line("error", "%s", k.Error)
@@ -358,7 +316,7 @@ func statusTable(w io.Writer, s bouncer.Status) {
 	for _, u := range s.Unserved {
 		line("warning", "not served yet: %s", u)
 	}
-	line("protected", "%s", number(len(s.Protected), "address or range", "addresses and ranges"))
+	line("protected", "%s", command.Number(len(s.Protected), "address or range", "addresses and ranges"))
 	for _, p := range s.Bypasses {
 		line("warning", "%s %s: %s", p.Kind, p.Name, bouncer.Means(p))
 	}
@@ -416,7 +374,7 @@ func whyTable(w io.Writer, y bouncer.Why) {
 		if !d.Enforced {
 			because = d.Because
 		}
-		until := "until " + moment(d.Until)
+		until := "until " + command.Moment(d.Until)
 		if d.Until.IsZero() {
 			until = "as long as listed"
 		}
@@ -435,30 +393,12 @@ func whyTable(w io.Writer, y bouncer.Why) {
 	}
 }
 
-func ago(t time.Time) string {
-	if t.IsZero() {
-		return "never"
-	}
-	return time.Since(t).Round(time.Second).String() + " ago"
-}
-
-// moment writes a time for people.
-func moment(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 MST") }
-
-// number writes a number of things.
-func number(n int, one, many string) string {
-	if n == 1 {
-		many = one
-	}
-	return fmt.Sprintf("%d %s", n, many)
-}
-
 // elements writes how many the kernel holds of both families, where it tells.
 func elements(four, six int, one, many string) string {
 	if four < 0 || six < 0 {
 		return "an unknown number of " + many
 	}
-	return number(four+six, one, many)
+	return command.Number(four+six, one, many)
 }
 
 // ports writes the ports of a lock.
@@ -471,14 +411,4 @@ func ports(list []uint16) string {
 		return "port " + texts[0]
 	}
 	return "ports " + strings.Join(texts, ", ")
-}
-
-// one demands a single argument, and shows what it may look like.
-func one(what, example string) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if len(args) != 1 {
-			return fmt.Errorf("%s: want one %s, such as: %s %s", cmd.Name(), what, cmd.CommandPath(), example)
-		}
-		return nil
-	}
 }

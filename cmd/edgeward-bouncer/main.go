@@ -11,7 +11,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"os"
 	"runtime/debug"
@@ -21,7 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"github.com/edgeward/edgeward/bouncer"
-	"github.com/edgeward/edgeward/internal/config"
+	"github.com/edgeward/edgeward/internal/command"
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/internal/nft"
 )
@@ -29,21 +28,7 @@ import (
 func main() { os.Exit(program(os.Args[1:])) }
 
 // program runs one command line and returns its exit code.
-func program(args []string) int {
-	root := commands()
-	root.SetArgs(args)
-	err := root.ExecuteContext(context.Background())
-	var problems config.Problems
-	switch {
-	case errors.As(err, &problems):
-		fmt.Fprintln(os.Stderr, problems) // a line each, which begins with its place
-	case err != nil:
-		fmt.Fprintln(os.Stderr, "edgeward-bouncer:", err)
-	default:
-		return 0
-	}
-	return 1
-}
+func program(args []string) int { return command.Run(commands(), args) }
 
 // run is the agent: LAPI's stream and the lists go into the bouncer, which keeps
 // the kernel in step; what the kernel counts goes back to LAPI and to whoever

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/edgeward/edgeward/bouncer"
+	"github.com/edgeward/edgeward/internal/command"
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/internal/nft"
 )
@@ -56,7 +57,7 @@ func noAgent(socket string, err error) error {
 
 // orders are the verbs that change what the node enforces, for a time. named and
 // path are where the flags --socket and --config are kept.
-func orders(named, path, format *string) []*cobra.Command {
+func orders(named, path *string) []*cobra.Command {
 	var o bouncer.Order
 	var duration string
 	give := func(cmd *cobra.Command) error {
@@ -68,10 +69,10 @@ func orders(named, path, format *string) []*cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(cmd.OutOrStdout(), *format, answer, answerTable)
+		return command.Show(cmd, answer, answerTable)
 	}
 	allow := &cobra.Command{
-		Use: "allow ADDR|RANGE --for 1h", Short: "Let no ban stop an address or range on this node, for a time", Args: one("address or range", "192.0.2.1 --for 1h"),
+		Use: "allow ADDR|RANGE --for 1h", Short: "Let no ban stop an address or range on this node, for a time", Args: command.One("address or range", "192.0.2.1 --for 1h"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			o.Verb, o.Address = "allow", args[0]
 			if !o.End && duration == "" {
@@ -87,7 +88,7 @@ func orders(named, path, format *string) []*cobra.Command {
 	}
 	allow.Flags().StringVar(&duration, "for", "", "how long, such as 90s, 10m or 72h, at most 720h")
 	unban := &cobra.Command{
-		Use: "unban ADDR", Short: "Let the decisions that hold an address count no more for it on this node", Args: one("address", "192.0.2.1"),
+		Use: "unban ADDR", Short: "Let the decisions that hold an address count no more for it on this node", Args: command.One("address", "192.0.2.1"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			addr, err := netip.ParseAddr(args[0])
 			if err != nil {
@@ -98,7 +99,7 @@ func orders(named, path, format *string) []*cobra.Command {
 		},
 	}
 	pause := &cobra.Command{
-		Use: "pause D", Short: "Drop nothing for a time, such as 10m, at most 24h; 0 ends a pause", Args: one("duration", "10m"),
+		Use: "pause D", Short: "Drop nothing for a time, such as 10m, at most 24h; 0 ends a pause", Args: command.One("duration", "10m"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			o.Verb = "pause"
 			if o.For, err = parseDuration(args[0]); err != nil {
@@ -172,11 +173,11 @@ func cleanup(ctx context.Context, w io.Writer, socket string, why error) error {
 // probe proves by packets that the node drops, or says why it does not. As orders
 // do, it goes by the defaults where the configuration cannot be read, and why says
 // so: beside an agent in a pod the node has none.
-func probe(ctx context.Context, w io.Writer, format string, c *bouncer.Config, why error, socket string) error {
+func probe(cmd *cobra.Command, c *bouncer.Config, why error, socket string) error {
 	if why != nil {
 		*c = bouncer.Defaults()
 	}
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if socket == "" {
 		socket = c.Socket
@@ -186,9 +187,9 @@ func probe(ctx context.Context, w io.Writer, format string, c *bouncer.Config, w
 		return errors.Join(fmt.Errorf("probe: %w", noAgent(socket, err)), why)
 	}
 	if len(p.Families) > 0 {
-		err = errors.Join(show(w, format, p, func(w io.Writer, p bouncer.Probe) {
+		err = errors.Join(command.Show(cmd, p, func(w io.Writer, p bouncer.Probe) {
 			for _, f := range p.Families {
-				fmt.Fprintf(w, "probe\t%s\t%s\t%s met the ban\n", f.IPType, f.Says, number(int(f.Counted), "packet", "packets"))
+				fmt.Fprintf(w, "probe\t%s\t%s\t%s met the ban\n", f.IPType, f.Says, command.Number(int(f.Counted), "packet", "packets"))
 			}
 			if p.Drops {
 				fmt.Fprintln(w, "this node drops what is banned")

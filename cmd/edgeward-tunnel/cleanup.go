@@ -12,32 +12,45 @@ import (
 
 	"github.com/edgeward/edgeward/tunnel"
 	"github.com/edgeward/edgeward/tunnel/cloudflare/api"
+	"github.com/edgeward/edgeward/tunnel/wireguard/gateway"
 )
 
-// cleanupCommand is the verb that undoes what was made through the API.
-func cleanupCommand(path *string) *cobra.Command {
+// cleanupCommand is the verb that undoes what the roles leave behind.
+func cleanupCommand(path *string, role *roles) *cobra.Command {
 	var yes, tunnels bool
-	c := &cobra.Command{
-		Use: "cleanup", Short: "Remove our DNS records at Cloudflare, for good", Args: cobra.NoArgs,
+	command := &cobra.Command{
+		Use: "cleanup", Short: "Remove our DNS records at Cloudflare, and the VPN's interface and access rules, for good", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := tunnel.Load(*path)
 			if err != nil {
 				return err
 			}
-			return cleanup(cmd.Context(), cmd.OutOrStdout(), &c, tunnels, yes)
+			role, err := role.of(*path, &c)
+			if err != nil {
+				return err
+			}
+			if role.wireguard {
+				if err := gateway.Cleanup(gateway.Options{Config: *c.VPN(), StateDir: c.StateDir}); err != nil {
+					return fmt.Errorf("clean up: %w", err)
+				}
+			}
+			switch {
+			case role.cloudflare && c.Cloudflare.Enabled():
+				return atCloudflare(cmd.Context(), cmd.OutOrStdout(), &c, tunnels, yes)
+			case role.cloudflare && !role.wireguard:
+				return errors.New("there is no section cloudflare: nothing was made through the API, and nothing is left on this machine")
+			}
+			return nil
 		},
 	}
-	c.Flags().BoolVar(&yes, "yes", false, "do it: without this it is only said")
-	c.Flags().BoolVar(&tunnels, "tunnels", false, "delete the tunnels, too, that come from the API by their names")
-	return c
+	command.Flags().BoolVar(&yes, "yes", false, "make the writes at Cloudflare: without this they are only said")
+	command.Flags().BoolVar(&tunnels, "tunnels", false, "delete the tunnels, too, that come from the API by their names")
+	return command
 }
 
-// cleanup says what is ours in the zones of the configuration and then, if that
-// is wished, removes it.
-func cleanup(ctx context.Context, w io.Writer, c *tunnel.Config, tunnels, yes bool) error {
-	if !c.Cloudflare.Enabled() {
-		return errors.New("there is no section cloudflare: nothing was made through the API")
-	}
+// atCloudflare says what is ours in the zones of the configuration and then, if
+// that is wished, removes it.
+func atCloudflare(ctx context.Context, w io.Writer, c *tunnel.Config, tunnels, yes bool) error {
 	s, err := api.From(c)
 	if err != nil {
 		return err

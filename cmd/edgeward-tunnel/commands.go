@@ -2,55 +2,34 @@ package main
 
 import (
 	"cmp"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/netip"
 	"net/url"
-	"strings"
-	"text/tabwriter"
 	"time"
 
-	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
 
+	"github.com/edgeward/edgeward/internal/command"
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/tunnel"
+	"github.com/edgeward/edgeward/tunnel/wireguard"
+	"github.com/edgeward/edgeward/tunnel/wireguard/gateway"
 )
 
 // commands is the command line.
 func commands() *cobra.Command {
-	var path, format, role string
-	root := &cobra.Command{
-		Use:               "edgeward-tunnel",
-		Short:             "Keep public hosts reachable through Cloudflare, and stop banned visitors there",
-		SilenceUsage:      true,
-		SilenceErrors:     true,
-		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
-	}
+	var path string
+	var role roles
+	root := command.New("edgeward-tunnel", "Keep public hosts reachable through Cloudflare without banned visitors, and internal ones through a VPN")
 	root.PersistentFlags().StringVar(&path, "config", "/etc/edgeward/tunnel.yaml", "configuration `FILE`")
-	root.PersistentFlags().StringVar(&format, "output", "table", "json, yaml or table")
-	root.PersistentFlags().StringVar(&role, "role", "cloudflare", "what to be: cloudflare")
-	root.PersistentPreRunE = func(*cobra.Command, []string) error {
-		if format != "json" && format != "yaml" && format != "table" {
-			return fmt.Errorf("output %q: want json, yaml or table", format)
-		}
-		if role != "cloudflare" {
-			return fmt.Errorf("role %q: want cloudflare", role)
-		}
-		return nil
-	}
+	root.PersistentFlags().Var(&role, "role", "what to be: cloudflare, wireguard, or both with a comma (default: what the file has sections for)")
 	root.AddCommand(
 		&cobra.Command{
-			Use: "run", Short: "Be the tunnel", Args: cobra.NoArgs,
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				c, err := tunnel.Load(path)
-				if err != nil {
-					return err
-				}
-				return run(cmd.Context(), path, c.LogFormat)
-			},
+			Use: "run", Short: "Be the tunnel, the gateway of the VPN, or both", Args: cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd.Context(), path, role) },
 		},
+		cleanupCommand(&path, &role),
 		&cobra.Command{
 			Use: "check", Short: "Check the configuration, and change nothing", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
@@ -66,10 +45,10 @@ func commands() *cobra.Command {
 			},
 		},
 		&cobra.Command{
-			Use: "status", Short: "Show tunnels, connections and hosts", Args: cobra.NoArgs,
+			Use: "status", Short: "Show tunnels, connections and hosts, and the VPN", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
-				var s tunnel.Status
-				return ask(cmd, path, format, "/v1/status", nil, &s, statusTable)
+				var s standing
+				return ask(cmd, path, "/v1/status", nil, &s, statusTable)
 			},
 		},
 		&cobra.Command{
@@ -80,16 +59,7 @@ func commands() *cobra.Command {
 					return fmt.Errorf("%q: want an address such as 192.0.2.1 or 2001:db8::1", args[0])
 				}
 				var w tunnel.Why
-				return ask(cmd, path, format, "/v1/why", url.Values{"address": {addr.String()}}, &w, whyTable)
-			},
-		},
-		cleanupCommand(&path),
-		&cobra.Command{
-			Use: "version", Short: "Show the version", Args: cobra.NoArgs,
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				return show(cmd.OutOrStdout(), format, daemon.Version(), func(w io.Writer, v daemon.Build) {
-					fmt.Fprintf(w, "edgeward-tunnel %s\n", v)
-				})
+				return ask(cmd, path, "/v1/why", url.Values{"address": {addr.String()}}, &w, whyTable)
 			},
 		},
 	)
@@ -97,7 +67,7 @@ func commands() *cobra.Command {
 }
 
 // ask puts a question to the running program and shows the answer.
-func ask[T any](cmd *cobra.Command, path, format, question string, query url.Values, into *T, table func(io.Writer, T)) error {
+func ask[T any](cmd *cobra.Command, path, question string, query url.Values, into *T, table func(io.Writer, T)) error {
 	c, err := tunnel.Load(path)
 	if err != nil {
 		return err
@@ -108,41 +78,77 @@ func ask[T any](cmd *cobra.Command, path, format, question string, query url.Val
 	if err := daemon.Ask(cmd.Context(), c.Socket, question, query, into); err != nil {
 		return err
 	}
-	return show(cmd.OutOrStdout(), format, *into, table)
+	return command.Show(cmd, *into, table)
 }
 
-// show writes a value in the chosen form.
-func show[T any](w io.Writer, format string, value T, table func(io.Writer, T)) error {
-	if format == "table" {
-		t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-		table(t, value)
-		return t.Flush()
-	}
-	text, err := json.MarshalIndent(value, "", "  ")
-	if err == nil && format == "yaml" {
-		text, err = yaml.JSONToYAML(text)
-	}
-	if err != nil {
-		return fmt.Errorf("write %s: %w", format, err)
-	}
-	_, err = fmt.Fprintf(w, "%s\n", strings.TrimRight(string(text), "\n"))
-	return err
+// lines writes lines of a table, each a name and what it stands for.
+func lines(w io.Writer) func(name, format string, args ...any) {
+	return func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
 }
 
-func statusTable(w io.Writer, s tunnel.Status) {
-	line := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+func statusTable(w io.Writer, s standing) {
+	line := lines(w)
+	line("role", "%s", s.Role)
 	line("ready", "%s", s.Ready)
+	if s.Trouble != "" {
+		line("trouble", "%s", s.Trouble)
+	}
+	if s.Status != nil {
+		publicTable(w, s.Status)
+	}
+	if s.VPN != nil {
+		vpnTable(w, s.VPN)
+	}
+}
+
+// mostDenied is how many attempts that were refused a table has; json has all.
+const mostDenied = 20
+
+// vpnTable is the gateway; edgeward peer list shows its peers.
+func vpnTable(w io.Writer, v *gateway.Report) {
+	line := lines(w)
+	states := map[wireguard.State]int{}
+	connected := 0
+	for _, p := range v.Peers {
+		states[p.State]++
+		if !p.Handshake.IsZero() && time.Since(p.Handshake) < 3*time.Minute {
+			connected++
+		}
+	}
+	fmt.Fprintln(w)
+	line("vpn", "%s by %s, port %d, last in step %s", v.Interface, command.OrDash(string(v.Mode)), v.ListenPort, command.Ago(v.LastGood))
+	line("public key", "%s", v.PublicKey)
+	line("peers", "%d live, %d of them connected, %d disabled, %d expired, %d unready", states[wireguard.Live], connected, states[wireguard.Disabled], states[wireguard.Expired], states[wireguard.Unready])
+	line("names", "%d hosts, answering at %d addresses", v.Names.Hosts, len(v.Names.Listening))
+	for _, u := range v.Names.Down {
+		line("names", "%s does not answer", u)
+	}
+	if len(v.Denied) == 0 {
+		return
+	}
+	fmt.Fprintf(w, "\nDENIED\tTO\tPORT\tSERVICE\tPACKETS\tLAST\n")
+	for _, a := range v.Denied[:min(len(v.Denied), mostDenied)] {
+		port := a.Protocol
+		if a.Port != 0 {
+			port = fmt.Sprintf("%d/%s", a.Port, a.Protocol)
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\n", command.OrDash(string(a.Peer)), a.To, port, command.OrDash(string(a.Service)), a.Packets, command.Ago(a.Last))
+	}
+	if more := len(v.Denied) - mostDenied; more > 0 {
+		fmt.Fprintf(w, "and %d before\n", more)
+	}
+}
+
+func publicTable(w io.Writer, s *tunnel.Status) {
+	line := lines(w)
 	line("mode", "%s", s.Mode)
 	switch {
 	case s.LAPI.URL == "":
 		line("lapi", "none: nobody is refused")
 	case s.LAPI.Answering:
-		line("lapi", "%s, answering, last pull %s", s.LAPI.URL, ago(s.LAPI.LastPull))
+		line("lapi", "%s, answering, last pull %s", s.LAPI.URL, command.Ago(s.LAPI.LastPull))
 	default:
-		line("lapi", "%s, not answering, last pull %s", s.LAPI.URL, ago(s.LAPI.LastPull))
-	}
-	if s.Trouble != "" {
-		line("trouble", "%s", s.Trouble)
+		line("lapi", "%s, not answering, last pull %s", s.LAPI.URL, command.Ago(s.LAPI.LastPull))
 	}
 	fmt.Fprintf(w, "\nTUNNEL\tCONNECTION\tSTATE\tPROTOCOL\tLOCATION\tSINCE\n")
 	for _, l := range s.Links {
@@ -150,7 +156,7 @@ func statusTable(w io.Writer, s tunnel.Status) {
 			fmt.Fprintf(w, "%s\t\t%s\n", l.Tunnel, trouble)
 		}
 		for _, c := range l.Connections {
-			fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", l.Tunnel, c.Index, c.State, c.Protocol, c.Location, ago(c.Since))
+			fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\n", l.Tunnel, c.Index, c.State, c.Protocol, c.Location, command.Ago(c.Since))
 			if c.Error != "" && l.Refused == "" {
 				fmt.Fprintf(w, "\t\t%s\n", c.Error)
 			}
@@ -176,11 +182,4 @@ func whyTable(w io.Writer, y tunnel.Why) {
 		fmt.Fprintf(w, "decision %d\t%v\t%s\t%s\t%s\tuntil %s\t%s\n", d.ID, d.Prefix, d.Remediation, d.Origin, d.Scenario,
 			d.Until.Format(time.DateTime), because)
 	}
-}
-
-func ago(t time.Time) string {
-	if t.IsZero() {
-		return "never"
-	}
-	return time.Since(t).Round(time.Second).String() + " ago"
 }

@@ -22,20 +22,26 @@ func TestMain(m *testing.M) {
 // TestScripts runs the command line as an operator would. What needs an edge is
 // proved in test/tunnel.
 func TestScripts(t *testing.T) {
-	testscript.Run(t, testscript.Params{Dir: "testdata"})
+	testscript.Run(t, testscript.Params{Dir: "testdata", Setup: func(env *testscript.Env) error {
+		// A command that is built to find races sleeps for a second at its end.
+		env.Setenv("GORACE", "atexit_sleep_ms=0")
+		return nil
+	}})
 }
 
 const deployed = "../../deploy/tunnel"
 
 // TestExamplesAreAccepted checks the configurations that are shipped.
 func TestExamplesAreAccepted(t *testing.T) {
-	for _, name := range []string{"tunnel.yaml", "kubernetes/tunnel.yaml"} {
+	for _, name := range []string{"tunnel.yaml", "kubernetes/tunnel.yaml", "vpn.yaml", "vpn/vpn.yaml"} {
 		c, err := tunnel.Load(filepath.Join(deployed, name))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if w := c.Warnings(); len(w) > 0 {
-			t.Errorf("%s: %v", name, w)
+		for _, w := range c.Warnings() {
+			if !strings.Contains(w, "nobody is in group") { // peers are for the command line to add
+				t.Errorf("%s: %v", name, w)
+			}
 		}
 	}
 }
@@ -152,6 +158,133 @@ func TestUnitAsksForNothing(t *testing.T) {
 	} {
 		if !strings.Contains(string(unit), "\n"+line+"\n") {
 			t.Errorf("the unit does not say %s", line)
+		}
+	}
+}
+
+// TestGatewayAsksForOnePrivilege holds the manifest of the VPN's gateway to the one
+// privilege that it needs, and to the paths of its configuration.
+func TestGatewayAsksForOnePrivilege(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(deployed, "vpn", "deployment.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var set struct {
+		Spec struct {
+			Replicas int `yaml:"replicas"`
+			Strategy struct {
+				Type string `yaml:"type"`
+			} `yaml:"strategy"`
+			Template struct {
+				Spec struct {
+					HostNetwork bool  `yaml:"hostNetwork"`
+					HostPID     bool  `yaml:"hostPID"`
+					Automount   *bool `yaml:"automountServiceAccountToken"`
+					Containers  []struct {
+						Args     []string `yaml:"args"`
+						Security struct {
+							Privileged bool  `yaml:"privileged"`
+							Escalation *bool `yaml:"allowPrivilegeEscalation"`
+							ReadOnly   bool  `yaml:"readOnlyRootFilesystem"`
+							Seccomp    struct {
+								Type string `yaml:"type"`
+							} `yaml:"seccompProfile"`
+							Can struct {
+								Drop []string `yaml:"drop"`
+								Add  []string `yaml:"add"`
+							} `yaml:"capabilities"`
+						} `yaml:"securityContext"`
+						Mounts []struct {
+							Path string `yaml:"mountPath"`
+						} `yaml:"volumeMounts"`
+						Liveness struct {
+							Get struct {
+								Port int    `yaml:"port"`
+								Path string `yaml:"path"`
+							} `yaml:"httpGet"`
+						} `yaml:"livenessProbe"`
+					} `yaml:"containers"`
+				} `yaml:"spec"`
+			} `yaml:"template"`
+		} `yaml:"spec"`
+	}
+	if err := yaml.Unmarshal(text, &set); err != nil {
+		t.Fatal(err)
+	}
+	pod := set.Spec.Template.Spec
+	if set.Spec.Replicas != 1 || set.Spec.Strategy.Type != "Recreate" || !pod.HostNetwork || pod.HostPID || pod.Automount == nil || *pod.Automount {
+		t.Errorf("the deployment is %+v", set.Spec)
+	}
+	container := pod.Containers[0]
+	s := container.Security
+	if s.Privileged || s.Escalation == nil || *s.Escalation || !s.ReadOnly || s.Seccomp.Type != "RuntimeDefault" || !slices.Equal(s.Can.Drop, []string{"ALL"}) || !slices.Equal(s.Can.Add, []string{"NET_ADMIN"}) {
+		t.Errorf("the container may %+v", s)
+	}
+	c, err := tunnel.Load(filepath.Join(deployed, "vpn", "vpn.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if g := container.Liveness.Get; g.Path != "/healthz" || g.Port != int(c.Listen.Port()) || !c.Listen.Addr().IsLoopback() {
+		t.Errorf("the probe asks %+v, and the gateway answers at %v", g, c.Listen)
+	}
+	var mounted []string
+	for _, m := range container.Mounts {
+		mounted = append(mounted, m.Path)
+	}
+	for _, path := range []string{filepath.Dir(string(c.WireGuard.PrivateKeyFile)), c.WireGuard.PresharedKeyDir, filepath.Dir(c.Socket), c.StateDir, "/etc/edgeward", "/var/run/wireguard", "/dev/net/tun"} {
+		if !slices.Contains(mounted, path) {
+			t.Errorf("nothing is mounted at %s, only at %v", path, mounted)
+		}
+	}
+
+	unit, err := os.ReadFile(filepath.Join(deployed, "edgeward-vpn.service"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c, err = tunnel.Load(filepath.Join(deployed, "vpn.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"CapabilityBoundingSet=CAP_NET_ADMIN", "NoNewPrivileges=yes", "ProtectSystem=strict", "LimitCORE=0",
+		"RuntimeDirectory=" + filepath.Base(filepath.Dir(c.Socket)) + " wireguard", "StateDirectory=" + filepath.Base(c.StateDir),
+	} {
+		if !strings.Contains(string(unit), "\n"+line+"\n") {
+			t.Errorf("the unit does not say %s", line)
+		}
+	}
+}
+
+// TestRoles has a process be what it is told, or what its file is for.
+func TestRoles(t *testing.T) {
+	const public, vpn = "tunnels: [{name: home, tokenFile: /t}]\n", "wireguard: {addresses: [10.66.0.1/24]}\n"
+	for _, c := range []struct{ flag, file, want, wrong string }{
+		{"", public, "cloudflare", ""},
+		{"", vpn, "wireguard", ""},
+		{"", public + vpn, "cloudflare,wireguard", ""},
+		{"wireguard", public + vpn, "wireguard", ""},
+		{"cloudflare", public + vpn, "cloudflare", ""},
+		{"wireguard,cloudflare", public + vpn, "cloudflare,wireguard", ""},
+		{"wireguard", public, "", "has no section wireguard"},
+		{"cloudflare,wireguard", vpn, "", "has no tunnels"},
+		{"both", vpn, "", "want cloudflare, wireguard, or both with a comma"},
+	} {
+		config, err := tunnel.Parse("tunnel.yaml", []byte(c.file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var role roles
+		if c.flag != "" {
+			err = role.Set(c.flag)
+		}
+		if err == nil {
+			role, err = role.of("tunnel.yaml", &config)
+		}
+		if c.wrong != "" {
+			if err == nil || !strings.Contains(err.Error(), c.wrong) {
+				t.Errorf("--role %s on %q: %v", c.flag, c.file, err)
+			}
+		} else if err != nil || role.String() != c.want {
+			t.Errorf("--role %s on %q is %s %v, want %s", c.flag, c.file, &role, err, c.want)
 		}
 	}
 }

@@ -8,11 +8,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"net/url"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/edgeward/edgeward/internal/crowdsec"
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/internal/lapi"
 	"github.com/edgeward/edgeward/internal/reconcile"
@@ -62,14 +64,50 @@ func restartOnly(was, next tunnel.Config, log *slog.Logger) tunnel.Config {
 	return next
 }
 
+// public is the role cloudflare: LAPI's stream goes into the gate, and the
+// connectors bring requests to it. The gate comes first and waits for nobody;
+// connectors and DNS follow it.
+type public struct {
+	gate       *tunnel.Gate
+	connectors *connectors
+	records    *records
+}
+
+func newPublic(c *tunnel.Config, log *slog.Logger) (*public, error) {
+	gate, err := tunnel.New(*c, log)
+	if err != nil {
+		return nil, err
+	}
+	records := newRecords(c, log)
+	return &public{gate, newConnectors(gate, records, c, log), records}, nil
+}
+
+// tasks are what runs: with LAPI, its stream and the report of usage too.
+func (p *public) tasks(c *tunnel.Config, start time.Time, log *slog.Logger) ([]daemon.Task, error) {
+	tasks := []daemon.Task{p.connectors, p.records}
+	if !c.HasLAPI() {
+		return tasks, nil
+	}
+	agent := crowdsec.Agent{Type: "crowdsec-edgeward-tunnel-bouncer", Version: tunnel.Version}
+	from, err := crowdsec.New(c.LAPI, agent, log)
+	if err != nil {
+		return nil, err
+	}
+	return append(tasks, stream{from.Stream(tunnel.Scopes, p.gate.Sink(), log)}, from.Usage(start, p.gate.Totals)), nil
+}
+
+func (p *public) collector() prometheus.Collector {
+	return p.gate.Collector(p.connectors.links, p.records.calls)
+}
+
 // enforce puts a configuration in force, the gate before all else. What the gate
 // refuses goes to nobody: a host must not be led where there is no route for it.
-func enforce(c tunnel.Config, gate *tunnel.Gate, connectors *connectors, records *records) error {
-	if err := gate.Apply(c); err != nil {
+func (p *public) enforce(c *tunnel.Config) error {
+	if err := p.gate.Apply(*c); err != nil {
 		return err
 	}
-	connectors.wishFor(&c)
-	return records.apply(&c)
+	p.connectors.wishFor(c)
+	return p.records.apply(c)
 }
 
 // connectors keeps one connector for each tunnel. It is a task that ends when
@@ -437,34 +475,4 @@ func (r *records) calls() tunnel.Calls {
 		out.Made[tunnel.Call{What: call.What, Outcome: call.Outcome}] = n
 	}
 	return out
-}
-
-// standing is the whole of /v1/status.
-func standing(gate *tunnel.Gate, c *connectors, r *records, w *tunnel.Watcher) tunnel.Status {
-	s := gate.Status(c.links())
-	s.Trouble = cmp.Or(w.Trouble(), c.troubled())
-	if r.on() {
-		report := r.keeper.Report()
-		s.Cloudflare = report
-		for _, t := range report.Tunnels {
-			if at := slices.IndexFunc(s.Links, func(l tunnel.Link) bool { return l.Tunnel == t.Name }); at >= 0 {
-				s.Links[at].Note = t.Says
-			}
-		}
-	}
-	return s
-}
-
-// answers are what the command line may ask.
-func answers(gate *tunnel.Gate, status func() any) daemon.Answers {
-	return daemon.Answers{
-		"/v1/status": func(url.Values) (any, error) { return status(), nil },
-		"/v1/why": func(query url.Values) (any, error) {
-			addr, err := netip.ParseAddr(query.Get("address"))
-			if err != nil {
-				return nil, err
-			}
-			return gate.Why(addr), nil
-		},
-	}
 }

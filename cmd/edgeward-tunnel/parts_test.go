@@ -18,11 +18,9 @@ import (
 
 // parts are the program without its endpoints, and with an API that hangs.
 type parts struct {
-	t          *testing.T
-	dir, api   string
-	gate       *tunnel.Gate
-	connectors *connectors
-	records    *records
+	*public
+	t        *testing.T
+	dir, api string
 }
 
 func newParts(t *testing.T, config string) *parts {
@@ -42,11 +40,9 @@ func newParts(t *testing.T, config string) *parts {
 		}
 	}
 	c, log := p.parse(config), slog.New(slog.DiscardHandler)
-	if p.gate, err = tunnel.New(c, log); err != nil {
+	if p.public, err = newPublic(&c, log); err != nil {
 		t.Fatal(err)
 	}
-	p.records = newRecords(&c, log)
-	p.connectors = newConnectors(p.gate, p.records, &c, log)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- p.connectors.Run(ctx) }()
@@ -68,7 +64,8 @@ func (p *parts) parse(config string) tunnel.Config {
 }
 
 func (p *parts) enforce(config string) error {
-	return enforce(p.parse(config), p.gate, p.connectors, p.records)
+	c := p.parse(config)
+	return p.public.enforce(&c)
 }
 
 // tunnels waits for as many connectors and returns their names.
