@@ -10,6 +10,9 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/spf13/cobra"
+
+	"github.com/edgeward/edgeward/internal/command"
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/tunnel"
 	"github.com/edgeward/edgeward/tunnel/cloudflare/api"
@@ -56,8 +59,8 @@ type row struct {
 	TunnelSays string `json:"tunnelSays,omitempty"`
 }
 
-func list(ctx context.Context, w io.Writer, format string, c tunnel.Config) error {
-	_, changes, failed := look(ctx, &c)
+func list(cmd *cobra.Command, c tunnel.Config) error {
+	_, changes, failed := look(cmd.Context(), &c)
 	notes := map[string]string{}
 	for _, t := range changes.Tunnels {
 		notes[t.Name] = t.Says
@@ -70,11 +73,11 @@ func list(ctx context.Context, w io.Writer, format string, c tunnel.Config) erro
 			rows[i].Services = public[at].Services
 		}
 	}
-	return errors.Join(failed, show(w, format, rows, func(w io.Writer, rows []row) {
+	return errors.Join(failed, command.Show(cmd, rows, func(w io.Writer, rows []row) {
 		fmt.Fprintf(w, "HOST\tSERVICE\tTUNNEL\tDNS\tOWNER\tNOTE\n")
 		for _, r := range rows {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", r.Host, orDash(strings.Join(r.Services, ", ")), orDash(r.Tunnel), r.State,
-				orDash(r.Owner), orDash(strings.Join(remarks(r.HostState), "; ")))
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", r.Host, command.OrDash(strings.Join(r.Services, ", ")), command.OrDash(r.Tunnel), r.State,
+				command.OrDash(r.Owner), command.OrDash(strings.Join(remarks(r.HostState), "; ")))
 		}
 		for _, t := range changes.Tunnels {
 			if t.Says != "" {
@@ -84,9 +87,9 @@ func list(ctx context.Context, w io.Writer, format string, c tunnel.Config) erro
 	}))
 }
 
-func plan(ctx context.Context, w io.Writer, format string, c tunnel.Config) error {
-	s, changes, failed := look(ctx, &c)
-	return errors.Join(failed, show(w, format, changes, func(w io.Writer, c api.Changes) {
+func plan(cmd *cobra.Command, c tunnel.Config) error {
+	s, changes, failed := look(cmd.Context(), &c)
+	return errors.Join(failed, command.Show(cmd, changes, func(w io.Writer, c api.Changes) {
 		for _, write := range c.Writes {
 			fmt.Fprintln(w, write)
 		}
@@ -117,11 +120,4 @@ func remarks(h api.HostState) []string {
 		out = append(out, h.Says)
 	}
 	return append(out, h.Notes...)
-}
-
-func orDash(text string) string {
-	if text == "" {
-		return "-"
-	}
-	return text
 }

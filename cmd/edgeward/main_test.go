@@ -21,6 +21,10 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"edgeward": func() { os.Exit(program(os.Args[1:])) }})
 }
 
+// hasty has commands end at once that are built to find races: by default each
+// sleeps for a second first.
+const hasty = "atexit_sleep_ms=0"
+
 // TestScripts runs the command line as an operator would, against an emulated
 // Cloudflare of each script's own. It has the account $ACCOUNT and the zones
 // example.org and example.net; the API is at $API, the tokens are in
@@ -36,6 +40,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
 		Setup: func(env *testscript.Env) error {
+			env.Setenv("GORACE", hasty)
 			w := world{cloud: cfedge.NewCloud()}
 			w.account = w.cloud.AddAccount("home")
 			server := httptest.NewServer(cfedge.NewAPI(w.cloud))
