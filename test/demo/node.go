@@ -79,7 +79,7 @@ func knock() {
 // openNode makes the two networks and starts the bouncer in the node's. life
 // bounds the bouncer.
 func openNode(ctx, life context.Context, g *gateway) (*node, error) {
-	if err := rig.CheckNft(); err != nil {
+	if err := rig.CheckPrograms(); err != nil {
 		return nil, err
 	}
 	n := &node{gateway: g}

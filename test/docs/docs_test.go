@@ -43,7 +43,12 @@ const (
 	pluginPage = "docs/plugin.md"
 	nodePage   = "docs/node.md"
 	tunnelPage = "docs/tunnel.md"
+	vpnPage    = "docs/vpn.md"
 )
+
+// vpn are the sections of tunnel.yaml that the page of the VPN has; that of the
+// tunnel has the others.
+var vpn = []string{"wireguard", "peers", "services", "grants"}
 
 // pages returns the README and what docs holds.
 func pages(t *testing.T) (root string, found []page) {
@@ -104,10 +109,20 @@ func options(tag string, section reflect.Type, at string) []string {
 }
 
 func TestTablesListExactlyTheOptions(t *testing.T) {
+	var ofTunnel, ofVPN []string
+	for _, option := range options("yaml", reflect.TypeFor[tunnel.Config](), "") {
+		section, _, _ := strings.Cut(option, ".")
+		if slices.Contains(vpn, strings.TrimSuffix(section, "[]")) {
+			ofVPN = append(ofVPN, option)
+		} else {
+			ofTunnel = append(ofTunnel, option)
+		}
+	}
 	for name, exist := range map[string][]string{
 		pluginPage: options("json", reflect.TypeFor[plugin.Config](), ""),
 		nodePage:   options("yaml", reflect.TypeFor[bouncer.Config](), ""),
-		tunnelPage: options("yaml", reflect.TypeFor[tunnel.Config](), ""),
+		tunnelPage: ofTunnel,
+		vpnPage:    ofVPN,
 	} {
 		_, text := named(t, name)
 		_, text, _ = strings.Cut(text, "\n| option | default | meaning |\n")
@@ -177,7 +192,7 @@ http:
 	}
 	sections := options("json", reflect.TypeFor[plugin.Config](), "")
 	switch {
-	case e.tunnel():
+	case e.tunnel(), e.vpn():
 	case e.has("http"):
 		return e.yaml, true
 	case e.has("apiVersion", "kind", "spec"):
@@ -196,35 +211,45 @@ http:
 // node reports whether the example is a part of bouncer.yaml.
 func (e example) node() bool { return e.has("lists") || e.has("auth") || e.has("firewall") }
 
-// tunnel reports whether the example is tunnel.yaml, or a part of it.
+// tunnel reports whether the example is tunnel.yaml, or a part of it, for hosts.
 func (e example) tunnel() bool { return e.has("tunnels") || e.has("hosts") || e.has("cloudflare") }
+
+// vpn reports whether the example is tunnel.yaml, or a part of it, for the VPN.
+func (e example) vpn() bool { return e.has("wireguard") || e.has("grants") }
 
 func TestTunnelAcceptsItsExamples(t *testing.T) {
 	root, all := pages(t)
 	const (
 		lapi    = "lapi: {url: http://127.0.0.1:8080, keyFile: /etc/edgeward/tunnel-lapi-key}\n"
 		tunnels = "tunnels: [{name: home, tokenFile: /etc/edgeward/tunnel-token}]\n"
+		gateway = "wireguard: {addresses: [10.66.0.1/24]}\n"
 	)
 	judged := 0
 	for _, p := range all {
 		for _, e := range examples(p.text) {
-			if !e.tunnel() {
+			switch {
+			case e.vpn():
+				if !e.has("wireguard") {
+					e.yaml = gateway + e.yaml
+				}
+			case e.tunnel():
+				if !e.has("lapi") {
+					e.yaml = lapi + e.yaml
+				}
+				if !e.has("tunnels") {
+					e.yaml = tunnels + e.yaml
+				}
+			default:
 				continue
 			}
 			judged++
-			if !e.has("lapi") {
-				e.yaml = lapi + e.yaml
-			}
-			if !e.has("tunnels") {
-				e.yaml = tunnels + e.yaml
-			}
 			if _, err := tunnel.Parse(p.name, []byte(e.yaml)); err != nil {
 				t.Errorf("%s:%d: %v, for\n%s", p.name, e.line, err, e.yaml)
 			}
 		}
 	}
-	if judged < 3 {
-		t.Errorf("%d examples were found, want 3 or more", judged)
+	if judged < 5 {
+		t.Errorf("%d examples were found, want 5 or more", judged)
 	}
 	// What is installed is an example too.
 	for _, name := range []string{"deploy/tunnel/tunnel.yaml", "deploy/tunnel/kubernetes/tunnel.yaml"} {
@@ -329,7 +354,7 @@ func TestQuickStartServesASite(t *testing.T) {
 		switch {
 		case e.has("entryPoints"):
 			name = "static"
-		case e.node(), e.tunnel():
+		case e.node(), e.tunnel(), e.vpn():
 			continue
 		case !e.has("http"):
 			if _, ok := e.dynamic(); !ok {

@@ -282,19 +282,22 @@ func CacheDir() (string, error) {
 
 // Packages are the Debian packages that the builds and the tests of the kernel
 // need beside Go itself.
-var Packages = []string{"gcc", "libc6-dev", "nftables"}
+var Packages = []string{"gcc", "libc6-dev", "iproute2", "nftables", "wireguard-tools"}
 
-// ErrNoNft is what CheckNft returns where there is no nft to judge rulesets by.
-var ErrNoNft = errors.New("nft is missing; install it with: apt-get install nftables")
-
-// CheckNft returns ErrNoNft where the nft program is missing.
-func CheckNft() error {
-	for _, path := range []string{"nft", "/usr/sbin/nft"} {
-		if _, err := exec.LookPath(path); err == nil {
-			return nil
+// CheckPrograms says which programs the tests of the kernel miss: to judge rulesets
+// by, and to be a peer of the VPN.
+func CheckPrograms() error {
+	var errs []error
+	for _, p := range []struct{ name, packet string }{{"nft", "nftables"}, {"ip", "iproute2"}, {"wg-quick", "wireguard-tools"}} {
+		_, err := exec.LookPath(p.name)
+		if err != nil {
+			_, err = exec.LookPath("/usr/sbin/" + p.name)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s is missing; install it with: apt-get install %s", p.name, p.packet))
 		}
 	}
-	return ErrNoNft
+	return errors.Join(errs...)
 }
 
 // ErrNoCompiler is the error of a build that needs a C compiler where there is

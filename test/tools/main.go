@@ -98,7 +98,7 @@ func choose(names []string) ([]rig.ToolSpec, error) {
 // installPackages brings a fresh machine the Debian packages that the builds
 // need: by itself as root, by telling what to do otherwise.
 func installPackages(ctx context.Context) error {
-	err := errors.Join(rig.CheckCompiler(ctx), rig.CheckNft())
+	err := errors.Join(rig.CheckCompiler(ctx), rig.CheckPrograms())
 	if err == nil || os.Getuid() != 0 {
 		return err
 	}
@@ -114,7 +114,7 @@ func installPackages(ctx context.Context) error {
 			return fmt.Errorf("install Debian packages: apt-get %s: %w: %s", args[0], err, out)
 		}
 	}
-	if err := errors.Join(rig.CheckCompiler(ctx), rig.CheckNft()); err != nil {
+	if err := errors.Join(rig.CheckCompiler(ctx), rig.CheckPrograms()); err != nil {
 		return errors.Join(errors.New("install Debian packages: they did not bring what is needed"), err)
 	}
 	return nil

@@ -22,7 +22,7 @@ import (
 // TestRun measures a little of everything, with the real LAPI, the real peer and
 // the real kernel, so that the benchmark works on the day it is needed.
 func TestRun(t *testing.T) {
-	if err := rig.CheckNft(); err != nil {
+	if err := rig.CheckPrograms(); err != nil {
 		t.Fatal(err)
 	}
 	for part, wants := range map[string][]string{
