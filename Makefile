@@ -17,8 +17,8 @@ LINTER := $(GO) tool -modfile=test/lint/go.mod
 # Everything but the suites on the real tools and those on the real kernel.
 # Expanded where it is used, so that `make` alone asks Go nothing; backwards,
 # because the slowest come last.
-UNIT = $$($(GO) list ./... | grep -v -e '/edgeward/test/' -e '/internal/nft$$' -e '/internal/netns$$' -e '/edgeward/bouncer$$' | sort -r)
-KERNEL := ./internal/netns ./internal/nft ./bouncer
+UNIT = $$($(GO) list ./... | grep -v -e '/edgeward/test/' -e '/internal/nft$$' -e '/internal/netns$$' -e '/edgeward/bouncer$$' -e '/wireguard/device$$' -e '/wireguard/names$$' | sort -r)
+KERNEL := ./internal/netns ./internal/nft ./bouncer ./tunnel/wireguard/device ./tunnel/wireguard/names
 # The suites on the real tools that judge what was measured, and those that do not.
 MEASURING := ./test/e2e ./test/node
 WAITING = $$($(GO) list ./test/... | grep -v -e '/test/e2e$$' -e '/test/node$$')
