@@ -303,7 +303,7 @@ func (a *auth) note(r *http.Request, client, peer netip.Addr, v decision.Verdict
 	if observe {
 		message = "request would be refused"
 	}
-	attrs := []any{"address", client, "proxy", peer, "decision", v.ID, "remediation", v.Remediation.Name(), "type", shortened(v.Type),
+	attrs := []any{"reason", "decision", "status", http.StatusForbidden, "address", client, "proxy", peer, "decision", v.ID, "remediation", v.Remediation.Name(), "type", shortened(v.Type),
 		"value", v.Prefix.String(), "origin", shortened(originOf(decision.Class{Origin: v.Origin, Scenario: v.Scenario})), "scenario", shortened(v.Scenario)}
 	if v.Until.Before(decision.Forever) {
 		attrs = append(attrs, "until", v.Until.UTC().Format(time.RFC3339))

@@ -278,7 +278,7 @@ func TestAuthLogsRefusals(t *testing.T) {
 	if err := json.Unmarshal([]byte(lines[0]), &line); err != nil {
 		t.Fatal(err)
 	}
-	for key, want := range map[string]string{"level": "INFO", "msg": "request refused", "address": "203.0.113.66", "proxy": "10.42.0.5", "decision": "1",
+	for key, want := range map[string]string{"level": "INFO", "msg": "request refused", "reason": "decision", "status": "403", "address": "203.0.113.66", "proxy": "10.42.0.5", "decision": "1",
 		"remediation": "ban", "origin": "crowdsec", "scenario": "ssh", "host": "blog.example.com", "method": "POST", "path": "/" + strings.Repeat("x", 199) + "..."} {
 		if got := fmt.Sprint(line[key]); got != want {
 			t.Errorf("%s: %s, want %s", key, got, want)

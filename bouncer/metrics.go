@@ -32,6 +32,7 @@ var (
 	descRepairs    = desc("edgeward_repairs_total", "Times that everything was installed again because the kernel did not hold it.")
 	descMeddling   = desc("edgeward_interference_total", "Times that the kernel did not hold what was written.")
 	descPulls      = desc("edgeward_pulls_total", "Answers of LAPI that came in whole.", "kind")
+	descFailed     = desc("edgeward_failed_pulls_total", "Pulls of LAPI's decisions that brought no whole answer.")
 	descDoubts     = desc("edgeward_doubted_pulls_total", "Full pulls that held implausibly few decisions, by which nothing was deleted.")
 	descPulled     = desc("edgeward_last_pull_timestamp_seconds", "When an answer of LAPI last came in whole.")
 	descSkipped    = desc("edgeward_decisions_skipped_total", "Decisions of LAPI that made no sense.", "reason")
@@ -65,7 +66,7 @@ func (c collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		descDecisions, descDropped, descDroppedB, descObserved, descObservedB, descSeen, descSeenB, descProtected,
 		descLocked, descStray, descResumed, descElements, descIntact, descLooked, descWrites, descFailures, descRepairs, descMeddling,
-		descPulls, descDoubts, descPulled, descSkipped, descCovered, descBypasses, descMode, descLastChange,
+		descPulls, descFailed, descDoubts, descPulled, descSkipped, descCovered, descBypasses, descMode, descLastChange,
 		descWaived, descOrders, descStoodDown,
 		descList, descListBad, descListRead, descListStale, descAuth, descRefused, descWouldbe,
 	} {
@@ -169,6 +170,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	defer b.mu.Unlock()
 	count(descPulls, b.feed.Fulls, "full")
 	count(descPulls, b.feed.Pulls-b.feed.Fulls, "delta")
+	count(descFailed, b.feed.Failures)
 	count(descDoubts, b.feed.Doubts)
 	stamp(descPulled, b.feed.Last)
 	for reason, n := range b.feed.Skipped {

@@ -56,6 +56,7 @@ type Bouncer struct {
 // feed is what is known of LAPI.
 type feed struct {
 	Pulls, Fulls, Doubts uint64
+	Failures             uint64 // pulls that brought nothing
 	Last, LastFull       time.Time
 	Skipped              map[string]uint64
 	Err                  error     // of the last pull
@@ -222,10 +223,11 @@ func Means(p nft.Bypass) string {
 func (b *Bouncer) Pulled(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	switch b.feed.Err = err; {
-	case err == nil:
+	if b.feed.Err = err; err == nil {
 		b.feed.Failing = time.Time{}
-	case b.feed.Failing.IsZero():
+		return
+	}
+	if b.feed.Failures++; b.feed.Failing.IsZero() {
 		b.feed.Failing = b.now()
 	}
 }

@@ -174,6 +174,7 @@ func TestFeedReachesKernelAndBack(t *testing.T) {
 	if _, err := n.turn(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	n.Pulled(lapi.ErrRefused)
 	registry := prometheus.NewPedanticRegistry()
 	registry.MustRegister(n.Collector())
 	page := httptest.NewRecorder()
@@ -186,7 +187,7 @@ func TestFeedReachesKernelAndBack(t *testing.T) {
 		`edgeward_protected_packets_total{ip_type="ipv4"} 2`,
 		`edgeward_locked_packets_total{ip_type="ipv4",lock="ingress"} 5`,
 		`edgeward_kernel_elements{set="bans4"} 1`, `edgeward_kernel_elements{set="ranges4"} 1`, `edgeward_kernel_intact 1`,
-		`edgeward_kernel_transactions_total{kind="install"} 1`, `edgeward_pulls_total{kind="full"} 1`,
+		`edgeward_kernel_transactions_total{kind="install"} 1`, `edgeward_pulls_total{kind="full"} 1`, `edgeward_failed_pulls_total 1`,
 		`edgeward_decisions_skipped_total{reason="value"} 1`, `edgeward_covered_decisions 1`, `edgeward_bypasses{kind="xdp"} 1`, `edgeward_bypasses{kind="tc"} 0`, `edgeward_bypasses{kind="exempt"} 0`, `edgeward_resumed_packets_total{ip_type="ipv4"} 6`, `edgeward_mode{mode="enforce"} 1`,
 	} {
 		if !strings.Contains(page.Body.String(), "\n"+want+"\n") {

@@ -125,6 +125,7 @@ var (
 	descUnserved  = desc("edgeward_origin_failures_total", "Requests that an origin service did not answer, or did not get because too many were under way.", "host", "reason")
 	descDecisions = desc("edgeward_decisions", "Live decisions on addresses that count here.", "origin", "remediation", "ip_type")
 	descPulls     = desc("edgeward_pulls_total", "Answers of LAPI that came in whole.", "kind")
+	descFailed    = desc("edgeward_failed_pulls_total", "Pulls of LAPI's decisions that brought no whole answer.")
 	descDoubts    = desc("edgeward_doubted_pulls_total", "Full pulls that held implausibly few decisions, by which nothing was deleted.")
 	descPulled    = desc("edgeward_last_pull_timestamp_seconds", "When an answer of LAPI last came in whole.")
 	descSkipped   = desc("edgeward_decisions_skipped_total", "Decisions of LAPI that made no sense.", "reason")
@@ -161,7 +162,7 @@ type collector struct {
 // Describe sends the descriptions that never change.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descRequests, descProcessed, descRefused, descObserved, descMalformed, descUnserved, descDecisions, descPulls, descDoubts,
+		descRequests, descProcessed, descRefused, descObserved, descMalformed, descUnserved, descDecisions, descPulls, descFailed, descDoubts,
 		descPulled, descSkipped, descMode, descLinks, descUp, descWanted, descInFlight, descRefusedBy, descDrains, descGained, descLost, descRecycled, descCalls, descQuota,
 	} {
 		ch <- d
@@ -208,6 +209,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	told := g.feed.knows()
 	count(descPulls, told.Fulls, "full")
 	count(descPulls, told.Pulls-told.Fulls, "delta")
+	count(descFailed, told.Failures)
 	count(descDoubts, told.Doubts)
 	if !told.Last.IsZero() {
 		gauge(descPulled, float64(g.clock.shown(told.Last).UnixMilli())/1000)

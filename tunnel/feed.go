@@ -34,6 +34,7 @@ type feed struct {
 // told is what is known of LAPI.
 type told struct {
 	Pulls, Fulls, Doubts uint64
+	Failures             uint64 // pulls that brought nothing
 	Last, LastFull       time.Time
 	Skipped              map[string]uint64
 }

@@ -92,6 +92,15 @@ func (g *Gate) Apply(c Config) error {
 	return nil
 }
 
+// Pulled takes in how a pull of the decision stream ended.
+func (g *Gate) Pulled(err error) {
+	if err != nil {
+		g.feed.mu.Lock()
+		defer g.feed.mu.Unlock()
+		g.feed.told.Failures++
+	}
+}
+
 // Sink takes in the decision stream of the scopes in Scopes. A ban holds for the
 // next request of a visitor, and cuts what is under way.
 func (g *Gate) Sink() lapi.Sink {

@@ -93,7 +93,9 @@ func (p *public) tasks(c *tunnel.Config, start time.Time, log *slog.Logger) ([]d
 	if err != nil {
 		return nil, err
 	}
-	return append(tasks, stream{from.Stream(tunnel.Scopes, p.gate.Sink(), log)}, from.Usage(start, p.gate.Totals)), nil
+	decisions := from.Stream(tunnel.Scopes, p.gate.Sink(), log)
+	decisions.Ended = p.gate.Pulled
+	return append(tasks, stream{decisions}, from.Usage(start, p.gate.Totals)), nil
 }
 
 func (p *public) collector() prometheus.Collector {
