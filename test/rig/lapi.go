@@ -37,6 +37,8 @@ type LAPIOptions struct {
 	TLS bool
 	// Socket listens on a unix socket as well; see LAPI.SocketPath.
 	Socket bool
+	// Metrics serves CrowdSec's metrics; see LAPI.MetricsURL.
+	Metrics bool
 	// Chunked turns on CrowdSec's chunked decision stream.
 	Chunked bool
 	// Seed is in the database before LAPI starts. The filled database is kept
@@ -66,6 +68,7 @@ type LAPI struct {
 
 	URL        string // http://127.0.0.1:PORT, or https://
 	SocketPath string // set when asked for
+	MetricsURL string // of /metrics, when asked for
 	Dir        string // configuration, database and log
 	PKI        *PKI   // authority behind the certificates, when TLS was asked for
 
@@ -109,7 +112,11 @@ func StartLAPI(ctx context.Context, opts LAPIOptions) (*LAPI, error) {
 	if err := l.prepare(opts, seed); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	if err := l.startAnywhere(ctx, 1, func(ports []int) error { return l.bind(ctx, opts, ports[0]) }); err != nil {
+	ports := 1
+	if opts.Metrics {
+		ports = 2
+	}
+	if err := l.startAnywhere(ctx, ports, func(ports []int) error { return l.bind(ctx, opts, ports) }); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	return l, nil
@@ -159,9 +166,9 @@ func (l *LAPI) prepare(opts LAPIOptions, seed string) error {
 	return nil
 }
 
-// bind writes the configuration that holds the port.
-func (l *LAPI) bind(ctx context.Context, opts LAPIOptions, port int) error {
-	listen := fmt.Sprintf("127.0.0.1:%d", port)
+// bind writes the configuration that holds the ports.
+func (l *LAPI) bind(ctx context.Context, opts LAPIOptions, ports []int) error {
+	listen := fmt.Sprintf("127.0.0.1:%d", ports[0])
 	l.URL = "http://" + listen
 	server := "    listen_uri: " + listen + "\n"
 	if l.SocketPath != "" {
@@ -172,7 +179,12 @@ func (l *LAPI) bind(ctx context.Context, opts LAPIOptions, port int) error {
 		server += fmt.Sprintf("    tls:\n      cert_file: %s\n      key_file: %s\n      ca_cert_path: %s\n      bouncers_allowed_ou: [%s]\n",
 			l.PKI.path("lapi.crt"), l.PKI.path("lapi.key"), l.PKI.CAFile, BouncerOU)
 	}
-	config := strings.NewReplacer("DIR", l.Dir, "WAL", strconv.FormatBool(!opts.oneFile)).Replace(`common: {log_media: stdout, log_level: info}
+	metrics := "{enabled: false}"
+	if opts.Metrics {
+		metrics = fmt.Sprintf("{enabled: true, level: full, listen_addr: 127.0.0.1, listen_port: %d}", ports[1])
+		l.MetricsURL = fmt.Sprintf("http://127.0.0.1:%d/metrics", ports[1])
+	}
+	config := strings.NewReplacer("METRICS", metrics, "DIR", l.Dir, "WAL", strconv.FormatBool(!opts.oneFile)).Replace(`common: {log_media: stdout, log_level: info}
 config_paths:
   config_dir: DIR/etc/
   data_dir: DIR/data/
@@ -184,7 +196,7 @@ config_paths:
 crowdsec_service: {enable: false}
 cscli: {output: human}
 db_config: {type: sqlite, db_path: DIR/data/crowdsec.db, use_wal: WAL, flush: {max_items: 1000000, max_age: 7d}}
-prometheus: {enabled: false}
+prometheus: METRICS
 api:
   client: {credentials_path: DIR/etc/local_api_credentials.yaml}
   server:

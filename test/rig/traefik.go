@@ -38,6 +38,8 @@ type TraefikOptions struct {
 	TrustForwarded bool
 	// AccessLog writes Dir/access.log, in JSON.
 	AccessLog bool
+	// Metrics serves /metrics beside the API.
+	Metrics bool
 	// Debug logs at level DEBUG, where what interpreted plugins print to
 	// standard output shows.
 	Debug bool
@@ -182,6 +184,9 @@ func (t *Traefik) bind(opts TraefikOptions, modules map[string]string, entrypoin
 	}
 	if opts.AccessLog {
 		config["accessLog"] = object{"filePath": "access.log", "format": "json"}
+	}
+	if opts.Metrics {
+		config["metrics"] = object{"prometheus": object{}}
 	}
 	if len(modules) > 0 {
 		plugins := object{}

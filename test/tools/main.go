@@ -1,5 +1,5 @@
 // Command tools builds the real tools that the suites, the demo and the
-// benchmark run: Traefik, CrowdSec, Yaegi and the linters; nginx it fetches. It sees to the Debian
+// benchmark run: Traefik, CrowdSec, Yaegi and the linters; nginx and Prometheus it fetches. It sees to the Debian
 // packages that the builds need, says what it builds and about how long that
 // takes, and does nothing for what the cache already holds.
 //
@@ -54,11 +54,13 @@ func run(ctx context.Context, names []string) error {
 		return err
 	}
 	if len(names) == 0 {
-		dir, version, err := rig.Debian(ctx, "nginx")
-		if err != nil {
-			return err
+		for _, name := range []string{"nginx", "prometheus", "prometheus-alertmanager"} {
+			dir, version, err := rig.Debian(ctx, name)
+			if err != nil {
+				return err
+			}
+			fmt.Printf("tools: %s %s of Debian is cached: %s\n", name, version, dir)
 		}
-		fmt.Printf("tools: nginx %s of Debian is cached: %s\n", version, dir)
 	}
 	if len(missing) == 0 {
 		return nil

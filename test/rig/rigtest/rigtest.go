@@ -69,6 +69,17 @@ func Nginx(t testing.TB) string {
 	return filepath.Join(dir, "usr", "sbin", "nginx")
 }
 
+// Debian returns the path of a program of a Debian package, such as usr/bin/promtool
+// of prometheus, which is downloaded if it must be.
+func Debian(t testing.TB, name, program string) string {
+	t.Helper()
+	dir, _, err := rig.Debian(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, filepath.FromSlash(program))
+}
+
 // Tool returns the path of a built tool.
 func Tool(t testing.TB, name string) string {
 	t.Helper()
