@@ -102,6 +102,10 @@ build: ## Compile every package, and the programs into dist/, static; the plugin
 bundle: ## Assemble in dist/ what Traefik loads, and check it with the real Yaegi
 	@$(GO) run ./test/bundle -o dist
 
+.PHONY: images
+images: ## Make the container images for amd64 and arm64 in dist/images/, without Docker
+	@$(GO) run -C deploy/images . -o "$(CURDIR)/dist/images"
+
 .PHONY: tools
 tools: ## Build the real Traefik, CrowdSec and Yaegi that the tests use; a second run costs nothing
 	@$(GO) run ./test/tools
