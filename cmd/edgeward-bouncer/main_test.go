@@ -28,13 +28,16 @@ func TestScripts(t *testing.T) {
 	}})
 }
 
-const deployed = "../../deploy/bouncer"
+const (
+	deployed   = "../../deploy/bouncer"
+	kubernetes = "../../deploy/kubernetes/base"
+)
 
 // TestExamplesAreAccepted checks the configurations that are shipped as check
 // does.
 func TestExamplesAreAccepted(t *testing.T) {
-	for _, name := range []string{"bouncer.yaml", "kubernetes/bouncer.yaml"} {
-		c, err := bouncer.Load(filepath.Join(deployed, name))
+	for _, name := range []string{deployed + "/bouncer.yaml", kubernetes + "/bouncer.yaml"} {
+		c, err := bouncer.Load(name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -54,7 +57,7 @@ func TestExamplesAreAccepted(t *testing.T) {
 // TestManifestAsksForNoMore holds the DaemonSet and the unit to the privileges
 // that the bouncer needs, and to the paths of its configuration.
 func TestManifestAsksForNoMore(t *testing.T) {
-	text, err := os.ReadFile(filepath.Join(deployed, "kubernetes", "daemonset.yaml"))
+	text, err := os.ReadFile(filepath.Join(kubernetes, "daemonset.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +118,7 @@ func TestManifestAsksForNoMore(t *testing.T) {
 	if container.Resources.Requests["memory"] == "" || container.Resources.Limits["memory"] == "" {
 		t.Error("the container has no memory limit")
 	}
-	c, err := bouncer.Load(filepath.Join(deployed, "kubernetes", "bouncer.yaml"))
+	c, err := bouncer.Load(filepath.Join(kubernetes, "bouncer.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}

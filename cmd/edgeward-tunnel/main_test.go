@@ -29,12 +29,15 @@ func TestScripts(t *testing.T) {
 	}})
 }
 
-const deployed = "../../deploy/tunnel"
+const (
+	deployed   = "../../deploy/tunnel"
+	kubernetes = "../../deploy/kubernetes/tunnel"
+)
 
 // TestExamplesAreAccepted checks the configurations that are shipped.
 func TestExamplesAreAccepted(t *testing.T) {
-	for _, name := range []string{"tunnel.yaml", "kubernetes/tunnel.yaml", "vpn.yaml", "vpn/vpn.yaml"} {
-		c, err := tunnel.Load(filepath.Join(deployed, name))
+	for _, name := range []string{deployed + "/tunnel.yaml", kubernetes + "/tunnel.yaml", deployed + "/vpn.yaml", deployed + "/vpn/vpn.yaml"} {
+		c, err := tunnel.Load(name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -49,7 +52,7 @@ func TestExamplesAreAccepted(t *testing.T) {
 // TestManifestAsksForNothing holds the Deployment to what the restricted level
 // of pod security allows, and to the paths and times of its configuration.
 func TestManifestAsksForNothing(t *testing.T) {
-	text, err := os.ReadFile(filepath.Join(deployed, "kubernetes", "deployment.yaml"))
+	text, err := os.ReadFile(filepath.Join(kubernetes, "deployment.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +127,7 @@ func TestManifestAsksForNothing(t *testing.T) {
 			t.Errorf("the restricted level has no place for %v", v)
 		}
 	}
-	c, err := tunnel.Load(filepath.Join(deployed, "kubernetes", "tunnel.yaml"))
+	c, err := tunnel.Load(filepath.Join(kubernetes, "tunnel.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -303,7 +306,7 @@ func TestMainIsATableOfContents(t *testing.T) {
 // TestPolicyDeniesTheRest holds the NetworkPolicy to the pods of the Deployment,
 // both directions, and what the tunnel's configuration reaches.
 func TestPolicyDeniesTheRest(t *testing.T) {
-	text, err := os.ReadFile(filepath.Join(deployed, "kubernetes", "networkpolicy.yaml"))
+	text, err := os.ReadFile(filepath.Join(kubernetes, "networkpolicy.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}

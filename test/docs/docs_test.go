@@ -252,7 +252,7 @@ func TestTunnelAcceptsItsExamples(t *testing.T) {
 		t.Errorf("%d examples were found, want 5 or more", judged)
 	}
 	// What is installed is an example too.
-	for _, name := range []string{"deploy/tunnel/tunnel.yaml", "deploy/tunnel/kubernetes/tunnel.yaml"} {
+	for _, name := range []string{"deploy/tunnel/tunnel.yaml", "deploy/kubernetes/tunnel/tunnel.yaml"} {
 		if _, err := tunnel.Load(filepath.Join(root, name)); err != nil {
 			t.Error(err)
 		}

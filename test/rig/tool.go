@@ -29,7 +29,7 @@ type ToolSpec struct {
 	// to tell whoever waits.
 	CPU time.Duration
 
-	module  string // directory of the nested module, below test/
+	module  string // directory of the nested module, seen from test/
 	pkg     string // package to build
 	pinned  string // module whose version is the tool's version
 	tags    string
@@ -69,6 +69,14 @@ func Tools() []ToolSpec {
 		{
 			Name: "interpreter", CPU: 40 * time.Second,
 			module: "yaegi", pkg: "github.com/edgeward/edgeward/test/yaegi/interpreter", pinned: "github.com/traefik/yaegi",
+		},
+		{
+			Name: "manifests", CPU: 25 * time.Second,
+			module: "kubernetes", pkg: "github.com/edgeward/edgeward/test/kubernetes/manifests", pinned: "sigs.k8s.io/kustomize/api",
+		},
+		{
+			Name: "images", CPU: 10 * time.Second,
+			module: "../deploy/images", pkg: ".", pinned: "github.com/google/go-containerregistry",
 		},
 		{
 			Name: "staticcheck", CPU: 30 * time.Second,
