@@ -62,8 +62,9 @@ const (
 	UDP  Proto = 17
 )
 
-// Reach is ports of an address or a network. IPv4-mapped addresses count as
-// IPv4.
+// Reach is ports of an address or a network. Of a network the addresses of this
+// machine are not meant, whichever it gets: who may reach one of those is told so
+// by a Reach of that single address. IPv4-mapped addresses count as IPv4.
 type Reach struct {
 	To          netip.Prefix
 	Proto       Proto

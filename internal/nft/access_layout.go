@@ -19,6 +19,9 @@ import (
 //	access (prerouting) → enter → from → its source's group → everyone
 //	                        └ denied      each of them → granted
 //
+// A group's networks are looked up last, and fail where the destination is this
+// machine's own, as the table of routes knows it.
+//
 // An answer to a peer goes this way, after translations are undone:
 //
 //	access-answers (postrouting) → leave → to → its destination's group, backwards
@@ -169,15 +172,25 @@ func (l *accessLayout) groupSets(g *group) []set {
 				size: uint32(len(g.exact[i])), spans: g.exact[i],
 			})
 		}
-		if len(g.boxes[i]) > 0 {
-			out = append(out, set{
-				name: l.part("ranges"+familyOf(six), g.name), key: key, keyLen: keyLen,
-				interval: true, fields: []uint32{base.keyLen, 1, 2}, spans: g.boxes[i],
-			})
+		for _, part := range []struct {
+			base  string
+			spans []span
+		}{{"ranges", g.boxes[i]}, {"wide", g.wide[i]}} {
+			if len(part.spans) > 0 {
+				out = append(out, set{
+					name: l.part(part.base+familyOf(six), g.name), key: key, keyLen: keyLen,
+					interval: true, fields: []uint32{base.keyLen, 1, 2}, spans: part.spans,
+				})
+			}
 		}
-		if len(g.echo[i]) > 0 {
-			base.name, base.interval, base.spans = l.part("echo"+familyOf(six), g.name), true, g.echo[i]
-			out = append(out, base)
+		for _, part := range []struct {
+			base  string
+			spans []span
+		}{{"echo", g.echo[i]}, {"wide-echo", g.wideEcho[i]}} {
+			if len(part.spans) > 0 {
+				base.name, base.interval, base.spans = l.part(part.base+familyOf(six), g.name), true, part.spans
+				out = append(out, base)
+			}
 		}
 	}
 	return out
@@ -192,17 +205,24 @@ func (l *accessLayout) groupChains(g *group) []chain {
 		for _, kind := range []struct {
 			base  string
 			spans []span
-		}{{"ports", g.exact[i]}, {"ranges", g.boxes[i]}} {
+			wide  bool
+		}{{"ports", g.exact[i], false}, {"ranges", g.boxes[i], false}, {"wide", g.wide[i], true}} {
 			if len(kind.spans) > 0 {
 				look := exprs{&expr.Lookup{SourceRegister: 1, SetName: l.part(kind.base+familyOf(six), g.name)}}
-				there.rules = append(there.rules, rule(isFamily(six), service(six, false), look, granted))
-				back.rules = append(back.rules, rule(isFamily(six), service(six, true), look, accept))
+				there.rules = append(there.rules, rule(isFamily(six), service(six, false), look, elsewhere(kind.wide, false), granted))
+				back.rules = append(back.rules, rule(isFamily(six), service(six, true), look, elsewhere(kind.wide, true), accept))
 			}
 		}
-		if len(g.echo[i]) > 0 {
-			look := exprs{&expr.Lookup{SourceRegister: 1, SetName: l.part("echo"+familyOf(six), g.name)}}
-			there.rules = append(there.rules, rule(isFamily(six), isEcho(six, false), address(six, false), look, granted))
-			back.rules = append(back.rules, rule(isFamily(six), isEcho(six, true), address(six, true), look, accept))
+		for _, kind := range []struct {
+			base  string
+			spans []span
+			wide  bool
+		}{{"echo", g.echo[i], false}, {"wide-echo", g.wideEcho[i], true}} {
+			if len(kind.spans) > 0 {
+				look := exprs{&expr.Lookup{SourceRegister: 1, SetName: l.part(kind.base+familyOf(six), g.name)}}
+				there.rules = append(there.rules, rule(isFamily(six), isEcho(six, false), address(six, false), look, elsewhere(kind.wide, false), granted))
+				back.rules = append(back.rules, rule(isFamily(six), isEcho(six, true), address(six, true), look, elsewhere(kind.wide, true), accept))
+			}
 		}
 	}
 	if g.name != "" {
@@ -212,6 +232,19 @@ func (l *accessLayout) groupChains(g *group) []chain {
 	}
 	there.rules = append(there.rules, aboutConnections()...)
 	return []chain{there, back}
+}
+
+// elsewhere is, where a reach is wide, a destination, or backwards a source, that
+// is none of this machine's addresses, nor one at which it hears as one of many.
+func elsewhere(wide, back bool) exprs {
+	if !wide {
+		return nil
+	}
+	out := exprs{&expr.Fib{Register: 1, FlagDADDR: !back, FlagSADDR: back, ResultADDRTYPE: true}}
+	for _, typ := range []uint32{unix.RTN_LOCAL, unix.RTN_BROADCAST, unix.RTN_ANYCAST, unix.RTN_MULTICAST} {
+		out = append(out, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: binary.NativeEndian.AppendUint32(nil, typ)})
+	}
+	return out
 }
 
 // aboutConnections lets pass what tells of trouble with a connection: that its way

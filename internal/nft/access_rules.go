@@ -49,10 +49,13 @@ type group struct {
 	name string
 	// exact are keys of destination, protocol and port that are looked up by
 	// hash, boxes are intervals of the same, and echo are addresses that may be
-	// pinged.
+	// pinged. All these are of single addresses, which may be this machine's.
 	exact [2][]span
 	boxes [2][]span
 	echo  [2][]span
+	// wide and wideEcho are of networks, in which this machine's are not meant.
+	wide     [2][]span
+	wideEcho [2][]span
 }
 
 func (g *group) equal(other *group) bool {
@@ -64,7 +67,8 @@ func (g *group) equal(other *group) bool {
 		}
 		return true
 	}
-	return g.name == other.name && same(g.exact, other.exact) && same(g.boxes, other.boxes) && same(g.echo, other.echo)
+	return g.name == other.name && same(g.exact, other.exact) && same(g.boxes, other.boxes) && same(g.echo, other.echo) &&
+		same(g.wide, other.wide) && same(g.wideEcho, other.wideEcho)
 }
 
 // Validate says what about a no kernel could do, or what makes no sense.
@@ -290,14 +294,18 @@ func compileGroup(name string, reach []Reach) (group, error) {
 	}
 	asked := map[key][]portRange{}
 	lengths := map[int]bool{} // of prefixes that are asked for
-	var echo []netip.Prefix
+	var echo, wideEcho []netip.Prefix
 	for _, r := range reach {
 		r, err := checkReach(r)
 		if err != nil {
 			return out, err
 		}
-		if r.Proto == Echo {
+		switch {
+		case r.Proto == Echo && r.To.IsSingleIP():
 			echo = append(echo, r.To)
+			continue
+		case r.Proto == Echo:
+			wideEcho = append(wideEcho, r.To)
 			continue
 		}
 		k := key{r.To, r.Proto}
@@ -305,12 +313,14 @@ func compileGroup(name string, reach []Reach) (group, error) {
 		lengths[r.To.Bits()] = true
 	}
 	out.echo[0], out.echo[1] = prefixSpans(echo)
+	out.wideEcho[0], out.wideEcho[1] = prefixSpans(wideEcho)
 	keys := slices.SortedFunc(maps.Keys(asked), func(a, b key) int { return cmp.Or(a.to.Compare(b.to), cmp.Compare(a.proto, b.proto)) })
 	for _, k := range keys {
-		// What a wider network grants already is not said again.
+		// What a wider network grants already is not said again, but for a single
+		// address, which means this machine's too.
 		var wider []portRange
 		for bits := range lengths {
-			if bits < k.to.Bits() {
+			if bits < k.to.Bits() && !k.to.IsSingleIP() {
 				outer, _ := k.to.Addr().Prefix(bits)
 				wider = append(wider, asked[key{outer, k.proto}]...)
 			}
@@ -324,7 +334,12 @@ func compileGroup(name string, reach []Reach) (group, error) {
 				}
 				continue
 			}
-			out.boxes[i] = append(out.boxes[i], span{target(k.to.Addr(), k.proto, r.first), target(lastOf(k.to), k.proto, r.last)})
+			box := span{target(k.to.Addr(), k.proto, r.first), target(lastOf(k.to), k.proto, r.last)}
+			if k.to.IsSingleIP() {
+				out.boxes[i] = append(out.boxes[i], box)
+			} else {
+				out.wide[i] = append(out.wide[i], box)
+			}
 		}
 	}
 	return out, nil
@@ -411,7 +426,7 @@ func compileFlows(flows []Flow) ([2][]span, error) {
 			if err != nil {
 				return out, err
 			}
-			for _, s := range slices.Concat(g.exact[i], g.boxes[i]) {
+			for _, s := range slices.Concat(g.exact[i], g.boxes[i], g.wide[i]) {
 				out[i] = append(out[i], span{slices.Concat(piece.from.AsSlice(), s.from), slices.Concat(piece.to.AsSlice(), s.to)})
 			}
 		}
@@ -460,7 +475,7 @@ func (g *grants) answered() bool {
 	}
 	reaches := func(grp *group) bool {
 		for i := range 2 {
-			for _, list := range [][]span{grp.exact[i], grp.boxes[i], grp.echo[i]} {
+			for _, list := range [][]span{grp.exact[i], grp.boxes[i], grp.echo[i], grp.wide[i], grp.wideEcho[i]} {
 				if slices.ContainsFunc(list, func(s span) bool { return g.among(i, s) }) {
 					return true
 				}

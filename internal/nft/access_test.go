@@ -212,11 +212,76 @@ func TestAccess(t *testing.T) {
 	text := w.list()
 	for _, want := range []string{
 		`iifname "edgeward0" goto enter_1`, "ip saddr vmap @hosts4_1", "ip daddr . meta l4proto . th dport @ports4-family_1 goto granted_1",
-		"ip saddr . meta l4proto . th sport @ranges4-admins_1 accept", "10.42.0.0/24 . tcp . 1-65535", "192.168.7.128/25 : goto group-servers_1",
+		"ip saddr . meta l4proto . th sport @ranges4-admins_1 accept", "10.42.0.0/24 . tcp . 1-65535",
+		"ip daddr . meta l4proto . th dport @wide4-admins_1 fib daddr type != local fib daddr type != broadcast", "192.168.7.128/25 : goto group-servers_1",
 		"reject with icmpx admin-prohibited", "meta l4proto tcp reject with tcp reset", "tcp option maxseg size set rt mtu",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("nft does not list %q", want)
+		}
+	}
+}
+
+// A network that is granted is what is around this machine, and not the machine
+// itself, whatever its addresses are: those are granted one by one.
+func TestAccessOfThisMachine(t *testing.T) {
+	w := newVPN(t)
+	pod, gw := w.inPod.Addr.Port(), w.onGateway.Addr.Port()
+	public4, public6 := addr("203.0.113.5"), addr("2001:db8:5::5")
+	w.gateway.MustExec("ip", "addr", "add", "203.0.113.5/24", "dev", "cni0")
+	w.gateway.MustExec("ip", "addr", "add", "2001:db8:5::5/64", "dev", "cni0", "nodad")
+	lan4, lan6 := addr("10.42.0.1"), addr("fd42::1")
+	everything := []Reach{
+		{prefix("0.0.0.0/0"), TCP, 1, 65535}, {prefix("0.0.0.0/0"), UDP, 1, 65535}, {prefix("0.0.0.0/0"), Echo, 0, 0},
+		{prefix("::/0"), TCP, 1, 65535}, {prefix("::/0"), UDP, 1, 65535}, {prefix("::/0"), Echo, 0, 0},
+	}
+	a := Access{
+		Interface: "edgeward0", Networks: vpnNets,
+		Sources: slices.Concat(sources("all", alice4, alice6), sources("admins", bob4, bob6)),
+		Groups:  []Group{{"all", everything}, {"admins", slices.Concat(everything, reaches(public4, public6, TCP, gw, gw), reaches(lan4, lan6, TCP, 1, 65535), reaches(public4, public6, Echo, 0, 0))}},
+	}
+	own := slices.Concat(
+		both(w.peers, bob4, bob6, TCP, public4, public6, gw),
+		both(w.peers, bob4, bob6, TCP, lan4, lan6, gw))
+	around := slices.Concat(
+		both(w.peers, alice4, alice6, TCP, pod4, pod6, pod), both(w.peers, alice4, alice6, UDP, pod4, pod6, pod),
+		both(w.peers, bob4, bob6, TCP, pod4, pod6, pod))
+	fail := slices.Concat(
+		both(w.peers, alice4, alice6, TCP, public4, public6, gw),
+		both(w.peers, alice4, alice6, TCP, lan4, lan6, gw), both(w.peers, alice4, alice6, TCP, vpnGateway4, vpnGateway6, gw),
+		both(w.peers, alice4, alice6, UDP, vpnGateway4, vpnGateway6, gw), both(w.peers, bob4, bob6, TCP, vpnGateway4, vpnGateway6, gw))
+	w.demand(slices.Concat(own, around, fail), nil) // else this shows nothing
+	w.apply(a)
+	w.demand(slices.Concat(own, around), fail)
+	for _, p := range []struct {
+		from, to netip.Addr
+		pass     bool
+	}{
+		{alice4, pod4, true}, {alice6, pod6, true}, {alice4, public4, false}, {alice6, public6, false}, {bob4, public4, true}, {bob6, public6, true}, {bob4, lan4, false},
+	} {
+		if err := ping(w.peers, p.from, p.to); (err == nil) != p.pass {
+			t.Errorf("ping from %v to %v: %v", p.from, p.to, err)
+		}
+	}
+
+	// What stands by a single address ends with it, though a network holds that.
+	var conns []net.Conn
+	for _, tr := range both(w.peers, bob4, bob6, TCP, public4, public6, gw) {
+		c, err := w.peers.Dial(tr.from, tr.to)
+		if err == nil {
+			defer c.Close()
+			err = netns.Echo(c)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+	}
+	a.Groups = []Group{a.Groups[0], {"admins", everything}}
+	w.apply(a)
+	for _, c := range conns {
+		if netns.Echo(c) == nil {
+			t.Errorf("%v still reaches %v", c.LocalAddr(), c.RemoteAddr())
 		}
 	}
 }
