@@ -395,7 +395,7 @@ func (c *Config) Warnings() []string {
 		say("there is no wireguard.endpoint: configurations for peers cannot be printed")
 	}
 	if c.resolves() && len(c.Names.Upstreams) == 0 {
-		say("there are no wireguard.names.upstreams: peers that use the gateway's resolver resolve the hosts of services and nothing else")
+		say("there are no wireguard.names.upstreams: all names but the hosts of services are asked of the DNS servers in the gateway's own /etc/resolv.conf")
 	}
 	members := map[Name]bool{}
 	for i := range c.Peers {
@@ -415,14 +415,15 @@ func (c *Config) Warnings() []string {
 		}
 		granted = append(granted, g.Services...)
 	}
+	inner := c.inner()
 	for _, s := range c.Services {
 		if !slices.Contains(granted, s.Name) {
 			say("service %s is granted to nobody", s.Name)
 		}
 		for _, a := range s.Addresses {
-			if a.Bits() == 0 {
-				say("service %s is everything, this machine, the cluster and its surroundings with it: whom it is granted nothing is refused on its ports", s.Name)
-				break
+			less := slices.DeleteFunc(lacking(a, inner), netip.Prefix.IsSingleIP)
+			if a.Bits() > 0 && len(less) > 0 { // everything is the internet, which is what was meant
+				say("service %s: %s does not hold %s, which is another's: name it in a service as well if peers are to reach it", s.Name, a, list(less))
 			}
 		}
 	}
@@ -430,14 +431,16 @@ func (c *Config) Warnings() []string {
 	for _, s := range c.Services {
 		everything[s.Name] = slices.ContainsFunc(s.Addresses, func(a netip.Prefix) bool { return a.Bits() == 0 })
 	}
-	var without, stuck []Name
+	var without, stuck, outward []Name
 	for i := range c.Peers {
 		p := &c.Peers[i]
 		services := grants.of(p)
 		if p.Enabled && len(services) == 0 {
 			without = append(without, p.Name)
 		}
-		if p.Enabled && p.FullTunnel && !slices.ContainsFunc(services, func(s Name) bool { return everything[s] }) {
+		if p.Enabled && slices.ContainsFunc(services, func(s Name) bool { return everything[s] }) {
+			outward = append(outward, p.Name)
+		} else if p.Enabled && p.FullTunnel {
 			stuck = append(stuck, p.Name)
 		}
 	}
@@ -449,6 +452,9 @@ func (c *Config) Warnings() []string {
 	}
 	if len(stuck) > 0 {
 		say("%s: fullTunnel sends everything here, and no service that is granted holds the internet (0.0.0.0/0, ::/0): it reaches what is granted and nothing else", some(stuck))
+	}
+	if len(outward) > 0 && !c.Masquerade {
+		say("%s: the internet is granted and wireguard.masquerade is off: nothing out there answers, unless the router knows the way back to %s", some(outward), list(c.Networks()))
 	}
 	return out
 }

@@ -140,11 +140,13 @@ func (g grantIndex) of(p *Peer) []Name {
 // grouping makes groups of the sets of services that occur.
 type grouping struct {
 	services map[Name]*Service
-	groups   map[string]Group // by the names of their services
+	inner    []netip.Prefix
+	around   map[netip.Prefix][]netip.Prefix // what a service's address comes to
+	groups   map[string]Group                // by the names of their services
 }
 
 func (c *Config) newGrouping() grouping {
-	g := grouping{map[Name]*Service{}, map[string]Group{}}
+	g := grouping{map[Name]*Service{}, c.inner(), map[netip.Prefix][]netip.Prefix{}, map[string]Group{}}
 	for i := range c.Services {
 		g.services[c.Services[i].Name] = &c.Services[i]
 	}
@@ -163,9 +165,14 @@ func (g grouping) of(services []Name) string {
 		made.Services = services
 		for _, name := range services {
 			s := g.services[name]
-			for _, to := range s.Addresses {
-				for _, p := range s.Ports {
-					made.Reach = append(made.Reach, Reach{to, p, name})
+			for _, address := range s.Addresses {
+				if g.around[address] == nil {
+					g.around[address] = around(address, g.inner)
+				}
+				for _, to := range g.around[address] {
+					for _, p := range s.Ports {
+						made.Reach = append(made.Reach, Reach{to, p, name})
+					}
 				}
 			}
 		}
@@ -181,9 +188,76 @@ func (g grouping) made() []Group {
 	return slices.SortedFunc(maps.Values(g.groups), func(a, b Group) int { return cmp.Compare(a.Name, b.Name) })
 }
 
+// special is what is not the internet: private networks, those that lead nowhere,
+// and those of IPv6 that stand for addresses of IPv4.
+var special = func() []netip.Prefix {
+	var out []netip.Prefix
+	for _, text := range []string{
+		"0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.168.0.0/16",
+		"198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
+		"::/8", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
+	} {
+		out = append(out, netip.MustParsePrefix(text))
+	}
+	return out
+}()
+
+// inner are the networks that a wider one does not hold: a service that is the
+// internet, or a large network, does not lay open this house for it. They are
+// reached where a service names them, or what is in them.
+func (c *Config) inner() []netip.Prefix {
+	out := slices.Concat(special, c.Networks(), c.ClusterNetworks)
+	for _, a := range c.gateway() {
+		out = append(out, single(a))
+	}
+	for i := range c.Peers {
+		out = append(out, c.Peers[i].AllowedIPs...)
+	}
+	slices.SortFunc(out, comparePrefixes)
+	return slices.Compact(out)
+}
+
+// lacking are those of inner that a network is wider than, without those that lie
+// in another of them.
+func lacking(network netip.Prefix, inner []netip.Prefix) []netip.Prefix {
+	if network.IsSingleIP() {
+		return nil
+	}
+	var out []netip.Prefix
+	for _, n := range inner { // sorted, the wider first
+		if n != network && covers(network, n) && (len(out) == 0 || !covers(out[len(out)-1], n)) {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+// around returns a network without those of inner that it is wider than.
+func around(network netip.Prefix, inner []netip.Prefix) []netip.Prefix {
+	less := lacking(network, inner)
+	var out []netip.Prefix
+	var split func(p netip.Prefix, less []netip.Prefix)
+	split = func(p netip.Prefix, less []netip.Prefix) {
+		less = slices.DeleteFunc(slices.Clone(less), func(n netip.Prefix) bool { return !n.Overlaps(p) })
+		switch {
+		case len(less) == 0:
+			out = append(out, p)
+		case !covers(less[0], p):
+			low := netip.PrefixFrom(p.Addr(), p.Bits()+1)
+			high := netip.PrefixFrom(lastOf(low).Next(), p.Bits()+1)
+			split(low, less)
+			split(high, less)
+		}
+	}
+	split(network.Masked(), less)
+	return out
+}
+
 // disjoint returns what covers the same and does not overlap: of networks that
 // lie in each other the wider keeps its ports, since either they are nested or
-// have nothing in common; of the same ports, the service that comes first.
+// have nothing in common; of the same ports, the service that comes first. A
+// single address keeps its own beside a network's, which does not mean it where it
+// is the machine's.
 func disjoint(all []Reach) []Reach {
 	slices.SortStableFunc(all, func(a, b Reach) int {
 		return cmp.Or(comparePrefixes(a.To, b.To), cmp.Compare(a.Ports.Protocol, b.Ports.Protocol))
@@ -201,6 +275,9 @@ func disjoint(all []Reach) []Reach {
 		}
 		left := []Ports{r.Ports}
 		for _, n := range around {
+			if r.To.IsSingleIP() && n != r.To {
+				continue
+			}
 			for _, p := range kept[n] {
 				left = without(left, p)
 			}

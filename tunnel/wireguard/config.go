@@ -61,10 +61,11 @@ type Settings struct {
 }
 
 // Names shapes the resolver on the gateway's addresses. It answers the hosts of
-// services, and runs where there is one or where there are upstreams.
+// services, and runs where there is one, where there are upstreams, and where a
+// peer sends everything here.
 type Names struct {
-	// Upstreams are asked for all other names, in this order. Without any
-	// they are refused.
+	// Upstreams are asked for all other names, in this order. Without any the
+	// servers of the gateway's machine are.
 	Upstreams []Upstream `yaml:"upstreams"`
 	// Zones are domains whose names are never forwarded: those that no service
 	// has as its host do not exist, and internal names do not leak.
@@ -473,7 +474,8 @@ func (c *Config) gateway() []netip.Addr {
 
 // resolves reports whether the gateway runs a resolver.
 func (c *Config) resolves() bool {
-	return len(c.Names.Upstreams) > 0 || slices.ContainsFunc(c.Services, func(s Service) bool { return s.Host != "" })
+	return len(c.Names.Upstreams) > 0 || slices.ContainsFunc(c.Services, func(s Service) bool { return s.Host != "" }) ||
+		slices.ContainsFunc(c.Peers, func(p Peer) bool { return p.FullTunnel }) // which reaches no resolver of its surroundings
 }
 
 // Files are the files that c names. Their content is part of the configuration:

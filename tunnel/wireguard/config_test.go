@@ -277,6 +277,16 @@ func TestConfigTakesWhatIsFine(t *testing.T) {
 	}
 }
 
+// A peer in full tunnel reaches no resolver but the gateway's.
+func TestResolverOfFullTunnel(t *testing.T) {
+	for rest, want := range map[string]string{"": "[]", ", fullTunnel: true": "[10.66.0.1 fd66::1]", ", fullTunnel: true, dns: [9.9.9.9]": "[9.9.9.9]"} {
+		c := mustParse(t, section+"peers:\n"+peer(1, rest))
+		if got := fmt.Sprint(c.DNSFor(&c.Peers[0])); got != want {
+			t.Errorf("%q: asks %s, want %s", rest, got, want)
+		}
+	}
+}
+
 func TestWarnings(t *testing.T) {
 	c := mustParse(t, `
 wireguard: {addresses: [100.64.0.1/16, "2001:db8::1/64"], listenPort: 51820, masquerade: true}
@@ -300,10 +310,9 @@ grants:
 		"wireguard.addresses: 2001:db8::/64 is not a private network: whoever owns it on the internet cannot be reached from peers",
 		"wireguard.masquerade is on: services see the gateway's address, and cannot tell one peer from another",
 		"there is no wireguard.endpoint: configurations for peers cannot be printed",
-		"there are no wireguard.names.upstreams: peers that use the gateway's resolver resolve the hosts of services and nothing else",
+		"there are no wireguard.names.upstreams: all names but the hosts of services are asked of the DNS servers in the gateway's own /etc/resolv.conf",
 		"grants[0].to: nobody is in group famly: did you mean family?",
 		"grants[1].to is empty: nobody is granted anything there",
-		"service a is everything, this machine, the cluster and its surroundings with it: whom it is granted nothing is refused on its ports",
 		"service b is granted to nobody",
 		"p1, p3 are granted nothing",
 	}

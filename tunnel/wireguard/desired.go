@@ -127,11 +127,13 @@ type Group struct {
 	Name string `json:"name"`
 	// Services are those that were granted, by name.
 	Services []Name `json:"services"`
-	// Reach is what that comes to: sorted, and no two overlap.
+	// Reach is what that comes to: sorted, and no two overlap, but for a single
+	// address with a network that holds it.
 	Reach []Reach `json:"reach"`
 }
 
-// Reach is ports of a network or a single address.
+// Reach is ports of a network or a single address. A network does not mean the
+// addresses that the gateway's machine has in it, a single address does.
 type Reach struct {
 	To    netip.Prefix `json:"to"`
 	Ports Ports        `json:"ports"`

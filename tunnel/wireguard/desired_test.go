@@ -97,7 +97,7 @@ func TestCompile(t *testing.T) {
 	}
 	const (
 		grafana = "10.66.0.100 443/tcp grafana, fd66::100 443/tcp grafana"
-		lan     = "192.168.1.0/24 22/tcp lan, 192.168.1.0/24 80/tcp lan, 192.168.1.5 20-21/tcp nas, 192.168.1.5 23-30/tcp nas, 192.168.1.5 445/tcp nas"
+		lan     = "192.168.1.0/24 22/tcp lan, 192.168.1.0/24 80/tcp lan, 192.168.1.5 20-30/tcp nas, 192.168.1.5 445/tcp nas"
 	)
 	if d := cmp.Diff([]string{
 		"10.66.0.10 alice: 10.66.0.100 443/tcp grafana, " + lan + ", fd66::100 443/tcp grafana",
@@ -138,6 +138,73 @@ func TestCompile(t *testing.T) {
 	}
 	if over := desired(t, houseText(), Secrets{}, noon.Add(99*time.Hour)); !over.Next.IsZero() {
 		t.Errorf("nothing changes any more, and next is %v", over.Next)
+	}
+}
+
+// TestNetworks holds that a network is no way to what lies in it and is another's.
+func TestNetworks(t *testing.T) {
+	const text = `
+wireguard: {addresses: [10.66.0.1/24, 'fd66::1/64'], clusterNetworks: [10.42.0.0/16, 10.43.0.0/16, '2001:db8:42::/56']}
+peers:
+  - {name: alice, publicKey: KEY1, addresses: [10.66.0.10, 'fd66::10']}
+  - {name: office, publicKey: KEY2, addresses: [10.66.0.12], allowedIPs: [198.51.100.0/24]}
+services:
+  - {name: internet, addresses: [0.0.0.0/0, '::/0'], ports: [1-65535/tcp]}
+  - {name: inside, addresses: [10.0.0.0/8], ports: [443/tcp]}
+  - {name: peers, addresses: [10.66.0.0/24], ports: [22/tcp]}
+  - {name: nas, addresses: [192.168.1.5, 203.0.113.5], ports: [445/tcp]}
+grants: [{to: [peer:alice], services: [SERVICES]}]
+`
+	for _, tt := range []struct{ services, reached, refused string }{
+		{"internet", "1.1.1.1 9.9.9.9 11.0.0.1 100.63.255.255 203.0.113.5 223.255.255.255 2606:4700::1111 2001:db8:41:ffff::1 2a00::1",
+			"0.0.0.1 10.0.0.1 10.42.0.1 10.43.0.1 10.66.0.1 10.66.0.12 100.64.0.1 127.0.0.1 169.254.169.254 172.16.0.1 172.31.255.255 192.168.1.5 198.51.100.7 224.0.0.251 255.255.255.255 " +
+				"::1 ::ffff:7f00:1 64:ff9b::a00:1 2002:a00:1::1 fd66::1 fd66::10 fe80::1 ff02::1 2001:db8:42::1"},
+		{"internet, nas", "1.1.1.1 192.168.1.5 203.0.113.5", "192.168.1.4 192.168.1.6"},
+		{"inside", "10.0.0.1 10.41.255.255 10.44.0.0 10.66.1.1 10.255.255.255", "10.42.0.1 10.43.0.1 10.66.0.1 10.66.0.12 11.0.0.1"},
+		{"internet, inside, peers", "10.1.0.1 10.66.0.12 1.1.1.1", "10.42.0.1 10.66.0.1 192.168.1.5"},
+	} {
+		file := strings.NewReplacer("KEY1", "'"+key(1).String()+"'", "KEY2", "'"+key(2).String()+"'", "SERVICES", tt.services).Replace(text)
+		d := desired(t, file, Secrets{}, noon)
+		judgeAccess(t, mustParse(t, file), d)
+		reach := map[string][]Reach{}
+		for _, g := range d.Access.Groups {
+			reach[g.Name] = g.Reach
+		}
+		mine := reach[groupOf(d, "alice")]
+		reaches := func(text string) bool {
+			return slices.ContainsFunc(mine, func(r Reach) bool { return r.To.Contains(netip.MustParseAddr(text)) })
+		}
+		for _, a := range strings.Fields(tt.reached) {
+			if !reaches(a) {
+				t.Errorf("%s: %s is not reached", tt.services, a)
+			}
+		}
+		for _, a := range strings.Fields(tt.refused) {
+			if reaches(a) {
+				t.Errorf("%s: %s is reached", tt.services, a)
+			}
+		}
+		if len(mine) > 200 {
+			t.Errorf("%s: %d places", tt.services, len(mine))
+		}
+	}
+	// An address that may be the machine's own keeps its ports beside a network.
+	both := desired(t, strings.NewReplacer("KEY1", "'"+key(1).String()+"'", "KEY2", "'"+key(2).String()+"'", "SERVICES", "internet, nas").Replace(text), Secrets{}, noon)
+	if r := both.Access.Groups[0].Reach; !slices.ContainsFunc(r, func(r Reach) bool { return short(r.To) == "203.0.113.5" && r.Service == "nas" }) {
+		t.Errorf("%v", r)
+	}
+	c := mustParse(t, strings.NewReplacer("KEY1", "'"+key(1).String()+"'", "KEY2", "'"+key(2).String()+"'", "SERVICES", "internet").Replace(text))
+	warnings := strings.Join(c.Warnings(), "\n")
+	for _, want := range []string{
+		"service inside: 10.0.0.0/8 does not hold 10.42.0.0/16, 10.43.0.0/16, 10.66.0.0/24, which is another's",
+		"alice: the internet is granted and wireguard.masquerade is off",
+	} {
+		if !strings.Contains(warnings, want) {
+			t.Errorf("no warning %q in:\n%s", want, warnings)
+		}
+	}
+	if strings.Contains(warnings, "service peers: 10.66") || strings.Contains(warnings, "service internet: ") {
+		t.Errorf("too many warnings:\n%s", warnings)
 	}
 }
 
@@ -284,7 +351,7 @@ func judgeAccess(t *testing.T, c *Config, d Desired) {
 				t.Fatalf("%v", a)
 			}
 			for _, b := range g.Reach[:i] {
-				if a.To.Overlaps(b.To) && a.Ports.overlaps(b.Ports) {
+				if a.To.Overlaps(b.To) && a.Ports.overlaps(b.Ports) && (a.To == b.To || !a.To.IsSingleIP() && !b.To.IsSingleIP()) {
 					t.Fatalf("%v overlaps %v", a, b)
 				}
 			}
@@ -301,6 +368,15 @@ func judgeAccess(t *testing.T, c *Config, d Desired) {
 			ports = append(ports, p.First, p.Last, p.First-1, p.Last+1)
 		}
 	}
+	inner := c.inner()
+	for _, n := range inner[:min(len(inner), 8)] {
+		corners = append(corners, n.Addr(), lastOf(n).Next())
+	}
+	// holds reports whether an address is meant by a service's: not where something
+	// in between has it.
+	holds := func(p netip.Prefix, a netip.Addr) bool {
+		return p.Contains(a) && !slices.ContainsFunc(inner, func(n netip.Prefix) bool { return n.Contains(a) && n != p && covers(p, n) })
+	}
 	corners, ports = corners[:min(len(corners), 40)], ports[:min(len(ports), 40)]
 	for _, p := range d.Peers {
 		granted := c.Granted(p.Name, p.Groups)
@@ -308,7 +384,7 @@ func judgeAccess(t *testing.T, c *Config, d Desired) {
 			for _, port := range ports {
 				for _, protocol := range []Protocol{TCP, UDP} {
 					may := slices.ContainsFunc(c.Services, func(s Service) bool {
-						return granted[s.Name] != nil && inAny(a, s.Addresses) && slices.ContainsFunc(s.Ports, Ports{port, port, protocol}.overlaps)
+						return granted[s.Name] != nil && slices.ContainsFunc(s.Addresses, func(p netip.Prefix) bool { return holds(p, a) }) && slices.ContainsFunc(s.Ports, Ports{port, port, protocol}.overlaps)
 					})
 					does := slices.ContainsFunc(groups[groupOf(d, p.Name)], func(r Reach) bool {
 						return r.To.Contains(a) && r.Ports.overlaps(Ports{port, port, protocol})

@@ -9,6 +9,8 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/edgeward/edgeward/internal/config"
 )
@@ -198,6 +200,27 @@ func readPresharedKey(file config.File) (PresharedKey, error) {
 		return PresharedKey{}, fmt.Errorf("read preshared key: %s: %w", string(file), err)
 	}
 	return key, nil
+}
+
+// Leftover are the files of preshared keys in PresharedKeyDir that no peer names:
+// those of peers that were taken out of the file, and of keys that rotated. A
+// directory that cannot be read has none.
+func (c *Config) Leftover() []string {
+	entries, err := os.ReadDir(c.PresharedKeyDir)
+	if err != nil {
+		return nil
+	}
+	named := map[string]bool{}
+	for _, f := range c.Files() {
+		named[filepath.Clean(string(f))] = true
+	}
+	var out []string
+	for _, e := range entries {
+		if path := filepath.Join(c.PresharedKeyDir, e.Name()); strings.HasSuffix(e.Name(), ".psk") && !named[path] {
+			out = append(out, path)
+		}
+	}
+	return out
 }
 
 // EnsurePrivateKey reads the key in a file, which it makes, with mode 0600,

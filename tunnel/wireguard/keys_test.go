@@ -121,3 +121,21 @@ func TestKeyFiles(t *testing.T) {
 		t.Errorf("a bad key was replaced: %v", err)
 	}
 }
+
+func TestLeftover(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"alice.psk", "alice.next.psk", "gone.psk", "README", "private"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := mustParse(t, fmt.Sprintf("wireguard: {addresses: [10.66.0.1/24], presharedKeyDir: %[1]s/, privateKeyFile: %[1]s/private}\npeers:\n", dir)+
+		peer(1, fmt.Sprintf(", presharedKeyFile: %[1]s/alice.psk, nextPublicKey: '%[2]s', nextPresharedKeyFile: %[1]s/./alice.next.psk", dir, key(11))))
+	if got := fmt.Sprint(c.Leftover()); got != fmt.Sprintf("[%s/gone.psk]", dir) {
+		t.Errorf("%s are left", got)
+	}
+	c.PresharedKeyDir += "none"
+	if got := c.Leftover(); got != nil {
+		t.Errorf("%s are left where nothing is", got)
+	}
+}
