@@ -80,6 +80,8 @@ type Status struct {
 	// Missing says why it does not answer at some address; nil if it answers at
 	// all of them.
 	Missing error
+	// Upstreams are those of the Config in force.
+	Upstreams []netip.AddrPort
 	// Down are the upstreams that did not answer when they were last asked.
 	Down   []netip.AddrPort
 	Hosts  int
@@ -262,7 +264,7 @@ func (s *setup) asks(addr netip.Addr) *asker {
 // Status tells how the resolver stands.
 func (r *Resolver) Status() Status {
 	s := r.setup.Load()
-	out := Status{Hosts: len(s.config.Hosts), Counts: Counts{
+	out := Status{Upstreams: slices.Clone(s.config.Upstreams), Hosts: len(s.config.Hosts), Counts: Counts{
 		Declared: r.declared.Load(), Cached: r.cached.Load(), Forwarded: r.forwarded.Load(),
 		Failed: r.failed.Load(), Refused: r.refused.Load(), Limited: r.limited.Load(),
 	}}

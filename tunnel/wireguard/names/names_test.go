@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -625,6 +627,40 @@ func TestSwap(t *testing.T) {
 }
 
 // TestAddressesComeAndGo has the resolver listen before there is an interface.
+// TestMachine holds that of the machine's servers those are taken that can be asked.
+func TestMachine(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "resolv.conf")
+	const text = "search example.com\nnameserver 127.0.0.53\nnameserver 10.66.0.1\nnameserver 127.0.0.1\nnameserver 192.0.2.53\nnameserver 192.0.2.53\nnameserver 2001:db8::53\nnameserver fe80::1%eth0\nnameserver 0.0.0.0\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ns := netns.New(t)
+	ns.Must(func() error {
+		udp, err := net.ListenPacket("udp", "127.0.0.53:53")
+		if err != nil {
+			return err
+		}
+		up := make(chan struct{})
+		s := &dns.Server{PacketConn: udp, NotifyStartedFunc: func() { close(up) }, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+			_ = w.WriteMsg(new(dns.Msg).SetRcode(q, dns.RcodeRefused))
+		})}
+		go func() { _ = s.ActivateAndServe() }()
+		t.Cleanup(func() { _ = s.Shutdown() })
+		<-up
+		return nil
+	})
+	ns.Must(func() error {
+		got, err := Machine(t.Context(), file, []netip.Prefix{netip.MustParsePrefix("10.66.0.0/24")})
+		if want := "[127.0.0.53:53 192.0.2.53:53 [2001:db8::53]:53 [fe80::1%eth0]:53]"; fmt.Sprint(got) != want {
+			t.Errorf("asks %v, want %s", got, want)
+		}
+		return err
+	})
+	if got, err := Machine(t.Context(), file+"no", nil); err == nil || got != nil {
+		t.Errorf("without a file: %v, %v", got, err)
+	}
+}
+
 func TestAddressesComeAndGo(t *testing.T) {
 	ns := netns.New(t)
 	r := New(slog.New(slog.DiscardHandler))
