@@ -47,14 +47,13 @@ func (d *Device) apply(c Changes) error {
 		try(d.setPort(*c.ListenPort))
 	}
 
-	// Peers that an earlier process spoke to come first, and are called as soon
-	// as packets pass.
-	var rest []Peer
-	if d.fresh {
-		c.Add, rest = d.recent(c.Add)
-		for _, p := range c.Add {
-			d.call = append(d.call, p.PublicKey)
-		}
+	// Peers that were spoken to a moment ago, by an earlier process or before they
+	// were taken off, are called as soon as packets pass: they believe in sessions
+	// that are gone. On a device that is not up yet they come first.
+	first, rest := d.recent(c.Add)
+	d.call = append(d.call, first...)
+	if c.Add = first; !d.fresh {
+		c.Add, rest = slices.Concat(first, rest), nil
 	}
 	if peers := peerConfigs(c); len(peers) > 0 {
 		try(d.configure(wgtypes.Config{Peers: peers}))
@@ -73,9 +72,9 @@ func (d *Device) apply(c Changes) error {
 		}
 		try(applyRoutes(link, c))
 	}
-	if d.fresh && d.user != nil && d.user.up {
-		d.user.call(d.call)
-		d.fresh, d.call = false, nil
+	if d.user == nil || d.user.up {
+		try(d.callPeers())
+		d.fresh = false
 	}
 	if len(rest) > 0 {
 		try(d.configure(wgtypes.Config{Peers: peerConfigs(Changes{Add: rest})}))
@@ -126,9 +125,31 @@ func (d *Device) setPort(port uint16) error {
 	return err
 }
 
-// recently is how old a handshake may be for its peer to be called after a
-// restart: the time that a session lives, that of the memory's being behind, and
-// some for the restart.
+// callPeers has the device send something to those that are to be called, and with
+// it a handshake.
+func (d *Device) callPeers() error {
+	peers := d.call
+	d.call = nil
+	if len(peers) == 0 {
+		return nil
+	}
+	if d.user != nil {
+		d.user.call(peers)
+		return nil
+	}
+	// The kernel calls a peer when its keepalive is turned on, and at no other
+	// word. What it was is set again, by the next turn at the latest.
+	var on, off []wgtypes.PeerConfig
+	pause := 25 * time.Second
+	for _, p := range peers {
+		on = append(on, wgtypes.PeerConfig{PublicKey: wgtypes.Key(p.PublicKey), UpdateOnly: true, PersistentKeepaliveInterval: &pause})
+		off = append(off, wgtypes.PeerConfig{PublicKey: wgtypes.Key(p.PublicKey), UpdateOnly: true, PersistentKeepaliveInterval: &p.Keepalive})
+	}
+	return errors.Join(d.configure(wgtypes.Config{Peers: on}), d.configure(wgtypes.Config{Peers: off}))
+}
+
+// recently is how old a handshake may be for its peer to be called: the time that
+// a session lives, that of the memory's being behind, and some for a restart.
 const recently = 5 * time.Minute
 
 // recent parts peers into those that had a session a moment ago, with the
@@ -168,7 +189,7 @@ func (d *Device) settle(c Changes) {
 			d.user.guard.set(p.PublicKey, p.AllowedIPs)
 		}
 	}
-	if d.user != nil {
+	if d.user != nil && d.options.Alone {
 		d.limit.peers(d.memory.present)
 	}
 	for _, r := range c.Rotated {

@@ -32,6 +32,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.zx2c4.com/wireguard/wgctrl"
@@ -56,7 +57,11 @@ type Options struct {
 	// key. A rotation of an earlier process is not told again; the next key then
 	// is among Peers and not Staged.
 	Rotated func(Rotation)
-	Log     *slog.Logger
+	// Alone says that the process is there for this device and nothing else. Then
+	// in userspace its heap is bounded by the number of peers; the needs of
+	// others are not known here.
+	Alone bool
+	Log   *slog.Logger
 }
 
 // PeerState is how a key on the device stands.
@@ -71,7 +76,7 @@ type PeerState struct {
 }
 
 // Device is an open device. Its methods may be called from anywhere; one waits
-// for the other.
+// for the other, but for Peers.
 type Device struct {
 	options Options
 	log     *slog.Logger
@@ -84,11 +89,13 @@ type Device struct {
 	memory *memory
 	limit  memoryLimit
 	port   uint16          // the last that the device is known to have had
-	fresh  bool            // in userspace and not up yet: peers are to be called
-	call   []Key           // those
+	fresh  bool            // in userspace and not up yet
+	call   []Peer          // peers to be called
 	staged map[Key]Peer    // wished peers with a next key, by that
 	routed []netip.Prefix  // what is routed to the interface
 	warned map[string]bool // what need not be said again
+
+	shown atomic.Pointer[[]PeerState] // what Peers said last
 
 	stop context.CancelFunc
 	wake chan struct{} // watch is to look soon: a key is staged
@@ -133,6 +140,7 @@ func open(ctx context.Context, options Options, s seams) (*Device, error) {
 		options: options, log: options.Log.With("interface", name), seams: s,
 		staged: map[Key]Peer{}, warned: map[string]bool{}, wake: make(chan struct{}, 1), done: make(chan struct{}),
 	}
+	d.shown.Store(new([]PeerState))
 	var err error
 	if d.mode, err = choose(options.Mode, s.kind); err != nil {
 		return nil, err
@@ -449,6 +457,9 @@ func (d *Device) Upsert(p Peer) error {
 	c.Add = append(c.Add, now)
 	if d.memory.on(now.PublicKey) {
 		c.Add[0].Endpoint = netip.AddrPort{} // the peer says where it is
+	} else if first, _ := d.recent(c.Add); len(first) > 0 {
+		c.Add = first
+		d.call = append(d.call, now)
 	}
 	if staged != nil {
 		c.Add = append(c.Add, *staged)
@@ -457,6 +468,9 @@ func (d *Device) Upsert(p Peer) error {
 	err := d.configure(wgtypes.Config{Peers: peerConfigs(c)})
 	d.settle(c)
 	d.unrouted([]Peer{p})
+	if d.user == nil || d.user.up {
+		err = errors.Join(err, d.callPeers())
+	}
 	return err
 }
 
@@ -481,13 +495,22 @@ func (d *Device) Remove(k Key) error {
 	return err
 }
 
-// staleness is how old what Peers says may be.
-const staleness = time.Second
+const (
+	// staleness is how old what Peers says may be.
+	staleness = time.Second
+	// patience is how long Peers waits while the device is at work.
+	patience = 250 * time.Millisecond
+)
 
 // Peers says how each key on the device stands, sorted by name and key. What it
-// says may be a second old.
+// says may be a second old. While the device is at work, as with thousands of
+// peers for seconds, it is what was said last, and nothing before that.
 func (d *Device) Peers() ([]PeerState, error) {
-	d.mu.Lock()
+	for begin := time.Now(); !d.mu.TryLock(); time.Sleep(2 * time.Millisecond) {
+		if time.Since(begin) > patience {
+			return slices.Clone(*d.shown.Load()), nil
+		}
+	}
 	defer d.mu.Unlock()
 	if age := d.memory.now().Sub(d.memory.read); age < 0 || age > staleness {
 		if _, err := d.read(); err != nil {
@@ -505,7 +528,8 @@ func (d *Device) Peers() ([]PeerState, error) {
 	slices.SortFunc(all, func(a, b PeerState) int {
 		return cmp.Or(strings.Compare(a.Name, b.Name), bytes.Compare(a.PublicKey[:], b.PublicKey[:]))
 	})
-	return all, nil
+	d.shown.Store(&all)
+	return slices.Clone(all), nil
 }
 
 // Close lets go of the device and writes what is to be remembered. In the kernel

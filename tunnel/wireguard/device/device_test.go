@@ -418,6 +418,39 @@ func TestKernelRefuses(t *testing.T) {
 	}
 }
 
+// In the kernel, too, a peer that is back soon is called.
+func TestKernelCalls(t *testing.T) {
+	k := newFakeKernel(t)
+	want := basics(t, 3)
+	d := openFake(t, k, Options{Want: want})
+	mustReconcile(t, d, want)
+	for _, p := range want.Peers[:2] {
+		if err := k.handshake("edgeward0", p.PublicKey, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := d.Have(); err != nil {
+		t.Fatal(err)
+	}
+	without := want
+	without.Peers = nil
+	mustReconcile(t, d, without)
+	if err := d.Upsert(want.Peers[0]); err != nil {
+		t.Fatal(err)
+	}
+	mustReconcile(t, d, want)
+	for i, calls := range []int{1, 1, 0} { // the last has never been heard of
+		at := slices.IndexFunc(k.devices["edgeward0"].peers, func(f *fakePeer) bool { return Key(f.PublicKey) == want.Peers[i].PublicKey })
+		f := k.devices["edgeward0"].peers[at]
+		if f.called != calls || (f.Endpoint != nil) != (calls > 0) || f.PersistentKeepaliveInterval != 0 {
+			t.Errorf("peer %d was called %d times, want %d: %+v", i, f.called, calls, f)
+		}
+	}
+	if c := mustReconcile(t, d, want); !c.Empty() {
+		t.Errorf("a turn after it changes: %v", c)
+	}
+}
+
 // In the kernel the interface outlives the process, with its sessions and its
 // counters; cleanup removes it, and not one of somebody else's.
 func TestKernelStays(t *testing.T) {

@@ -39,6 +39,7 @@ type fakeDevice struct {
 type fakePeer struct {
 	wgtypes.Peer
 	session int // made with the peer, ended with it
+	called  int // how often the kernel sent it something unasked
 }
 
 func newFakeKernel(t testing.TB) *fakeKernel {
@@ -195,7 +196,7 @@ func (k *fakeKernel) setPeer(d *fakeDevice, c wgtypes.PeerConfig) error {
 			return nil
 		}
 		at = len(d.peers)
-		d.peers = append(d.peers, &fakePeer{wgtypes.Peer{PublicKey: c.PublicKey, ProtocolVersion: 1}, k.session()})
+		d.peers = append(d.peers, &fakePeer{wgtypes.Peer{PublicKey: c.PublicKey, ProtocolVersion: 1}, k.session(), 0})
 	}
 	if c.Remove {
 		d.peers = slices.Delete(d.peers, at, at+1)
@@ -224,6 +225,9 @@ func (k *fakeKernel) setPeer(d *fakeDevice, c wgtypes.PeerConfig) error {
 		p.AllowedIPs = append(p.AllowedIPs, ip)
 	}
 	if c.PersistentKeepaliveInterval != nil {
+		if p.Endpoint != nil && p.PersistentKeepaliveInterval == 0 && *c.PersistentKeepaliveInterval > 0 {
+			p.called++
+		}
 		p.PersistentKeepaliveInterval = *c.PersistentKeepaliveInterval
 	}
 	return nil

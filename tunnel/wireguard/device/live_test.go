@@ -2,9 +2,9 @@ package device
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -437,11 +437,11 @@ func TestSpray(t *testing.T) {
 }
 
 // The limit of the memory follows the number of peers, and gives way to the
-// operator's.
+// operator's and to what else the process does.
 func TestMemoryLimit(t *testing.T) {
 	before := debug.SetMemoryLimit(-1)
 	want := basics(t, 100)
-	d := mustOpen(t, Options{Want: want, Log: slog.New(slog.DiscardHandler)})
+	d := mustOpen(t, Options{Want: want, Alone: true})
 	mustReconcile(t, d, want)
 	if got := debug.SetMemoryLimit(-1); got != memoryBase+128*memoryPerPeer {
 		t.Errorf("with 100 peers the limit is %d", got)
@@ -450,10 +450,86 @@ func TestMemoryLimit(t *testing.T) {
 	if got := debug.SetMemoryLimit(-1); got != before {
 		t.Errorf("after the device the limit is %d, and was %d", got, before)
 	}
-	t.Setenv("GOMEMLIMIT", "1GiB")
 	d = mustOpen(t, Options{Want: want})
 	mustReconcile(t, d, want)
 	if got := debug.SetMemoryLimit(-1); got != before {
+		t.Errorf("a process that does more is limited to %d", got)
+	}
+	_ = d.Close()
+	t.Setenv("GOMEMLIMIT", "1GiB")
+	d = mustOpen(t, Options{Want: want, Alone: true})
+	mustReconcile(t, d, want)
+	if got := debug.SetMemoryLimit(-1); got != before {
 		t.Errorf("the operator's limit became %d", got)
+	}
+}
+
+// A peer that is taken off and comes back within the life of its session is called,
+// and does not wait until it finds out. One that was away for longer is not.
+func TestBack(t *testing.T) {
+	want := basics(t, 3)
+	m, p := join(t, "alice", want, "10.66.0.2/32", "fd66::2/128")
+	want.Peers[1] = p
+	d := mustOpen(t, Options{Want: want})
+	mustReconcile(t, d, want)
+	pings := m.ping("10.66.0.1", echo(t))
+	without := want
+	without.Peers = slices.Delete(slices.Clone(want.Peers), 1, 2)
+	for name, again := range map[string]func() error{
+		"by itself":   func() error { return errors.Join(d.Remove(p.PublicKey), d.Upsert(p)) },
+		"by the turn": func() error { mustReconcile(t, d, without); mustReconcile(t, d, want); return nil },
+	} {
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			all, err := d.Peers()
+			if err != nil || time.Now().After(deadline) {
+				t.Fatalf("%s: %+v, %v", name, all, err)
+			}
+			if slices.ContainsFunc(all, func(s PeerState) bool { return s.Name == "alice" && s.Endpoint.IsValid() }) {
+				break
+			}
+		}
+		begin := time.Now()
+		if err := again(); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			pings.mu.Lock()
+			last := pings.last
+			pings.mu.Unlock()
+			if last.After(begin.Add(50 * time.Millisecond)) { // nothing of before is under way
+				break
+			}
+			if time.Since(begin) > 4*time.Second {
+				t.Fatalf("%s: no answer after %v", name, time.Since(begin))
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		t.Logf("%s: answered after %v", name, time.Since(begin))
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.memory.keys[p.PublicKey].Handshake = time.Now().Add(-recently - time.Second)
+	if first, _ := d.recent([]Peer{p}); len(first) > 0 {
+		t.Errorf("called long after: %+v", first)
+	}
+}
+
+// Who asks while the device is at work is told what was known before that.
+func TestPeersWhileAtWork(t *testing.T) {
+	want := basics(t, 5)
+	d := mustOpen(t, Options{Want: want})
+	mustReconcile(t, d, want)
+	for _, known := range []int{0, 5} {
+		d.mu.Lock()
+		begin := time.Now()
+		all, err := d.Peers()
+		took := time.Since(begin)
+		d.mu.Unlock()
+		if err != nil || len(all) != known || took > time.Second {
+			t.Errorf("%d peers, %v, after %v; want %d", len(all), err, took, known)
+		}
+		if all, err := d.Peers(); err != nil || len(all) != 5 {
+			t.Errorf("afterwards %d peers, %v", len(all), err)
+		}
 	}
 }

@@ -77,9 +77,9 @@ func (u *userspace) closed() bool {
 }
 
 // call sends each peer a keepalive at its endpoint, and with it a handshake.
-func (u *userspace) call(keys []Key) {
-	for _, k := range keys {
-		if p := u.dev.LookupPeer(wg.NoisePublicKey(k)); p != nil {
+func (u *userspace) call(peers []Peer) {
+	for _, p := range peers {
+		if p := u.dev.LookupPeer(wg.NoisePublicKey(p.PublicKey)); p != nil {
 			p.SendKeepalive()
 		}
 	}
@@ -176,8 +176,9 @@ func (s *socket) close() {
 
 // memoryLimit bounds the Go heap by the number of peers: in userspace each packet
 // on its way has a buffer of 64 KiB, and without a limit they pile up between two
-// collections. With less than this the collector runs all the time. Who sets
-// GOMEMLIMIT knows better.
+// collections. With less than this the collector runs all the time, which is why
+// a process that does other things as well has none: what those need, a table of
+// bans for one, would count against it. Who sets GOMEMLIMIT knows better.
 type memoryLimit struct{ before, set int64 }
 
 const (
