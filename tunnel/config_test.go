@@ -104,7 +104,7 @@ grants: [{to: [group:family], services: [app]}]
 		t.Error(d)
 	}
 	if d := cmp.Diff([]string{
-		"there are no wireguard.names.upstreams: peers that use the gateway's resolver resolve the hosts of services and nothing else",
+		"there are no wireguard.names.upstreams: all names but the hosts of services are asked of the DNS servers in the gateway's own /etc/resolv.conf",
 		"there is no stateDir, and peers without addresses of their own: those that they are given may change when others come and go",
 	}, alone.Warnings()); d != "" {
 		t.Error(d)

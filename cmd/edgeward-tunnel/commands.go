@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/netip"
 	"net/url"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -38,7 +39,13 @@ func commands() *cobra.Command {
 					return err
 				}
 				fmt.Fprintf(cmd.OutOrStdout(), "%s: ok\n", path)
-				for _, w := range c.Warnings() {
+				warnings := c.Warnings()
+				if c.HasVPN() {
+					for _, f := range c.VPN().Leftover() {
+						warnings = append(warnings, fmt.Sprintf("%s is the preshared key of no peer: remove it if it is not to be used again", f))
+					}
+				}
+				for _, w := range warnings {
 					fmt.Fprintf(cmd.OutOrStdout(), "warning: %s\n", w)
 				}
 				return nil
@@ -120,6 +127,13 @@ func vpnTable(w io.Writer, v *gateway.Report) {
 	line("public key", "%s", v.PublicKey)
 	line("peers", "%d live, %d of them connected, %d disabled, %d expired, %d unready", states[wireguard.Live], connected, states[wireguard.Disabled], states[wireguard.Expired], states[wireguard.Unready])
 	line("names", "%d hosts, answering at %d addresses", v.Names.Hosts, len(v.Names.Listening))
+	if len(v.Names.Upstreams) > 0 {
+		whose := ""
+		if v.Names.Machine {
+			whose = ", which are this machine's own"
+		}
+		line("names", "all others from %s%s", strings.Trim(fmt.Sprint(v.Names.Upstreams), "[]"), whose)
+	}
 	for _, u := range v.Names.Down {
 		line("names", "%s does not answer", u)
 	}

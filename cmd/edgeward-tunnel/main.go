@@ -66,7 +66,7 @@ func run(ctx context.Context, path string, role roles) error {
 		metrics.MustRegister(all.public.collector())
 	}
 	if role.wireguard {
-		if all.vpn, err = gateway.New(gateway.Options{Config: *c.VPN(), StateDir: c.StateDir, Log: log}); err != nil {
+		if all.vpn, err = gateway.New(gateway.Options{Config: *c.VPN(), StateDir: c.StateDir, Alone: !role.cloudflare, Log: log}); err != nil {
 			return err
 		}
 		tasks = append(tasks, all.vpn)

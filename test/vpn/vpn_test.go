@@ -132,10 +132,44 @@ func TestGrantedAndNothingElse(t *testing.T) {
 	}
 	w.until("the status tells of both", func() bool {
 		out, err := w.gateway.Exec(filepath.Join(programs(t), "edgeward-tunnel"), "status", "--config", w.file)
-		return err == nil && strings.Contains(out, "2 live, 2 of them connected") && strings.Contains(out, "445/tcp")
+		return err == nil && strings.Contains(out, "2 live, 2 of them connected") && strings.Contains(out, "445/tcp") &&
+			strings.Contains(out, "public key") && strings.Contains(out, "all others from 192.168.7.9:5353")
 	})
 	if list := w.edgeward("peer", "list"); !strings.Contains(list, "alice") || !strings.Contains(list, "live") {
 		t.Errorf("peer list says %s", list)
+	}
+}
+
+// TestInternet has a peer send everything: with the internet granted that is what
+// it reaches, and neither the house nor the gateway, whose public address it is.
+func TestInternet(t *testing.T) {
+	w := newWorld(t)
+	prefix := netip.MustParsePrefix
+	for far, by := range map[string]string{"192.0.2.80/32": "192.168.7.9", "2001:db8:80::80/128": "fd07::9"} {
+		w.lan.Own(prefix(far))
+		w.gateway.Route(prefix(far), netip.MustParseAddr(by))
+	}
+	w.gateway.Own(prefix("203.0.113.2/32"))
+	w.gateway.Own(prefix("2001:db8:1::2/128"))
+	w.write(strings.NewReplacer("services:\n  -", "  masquerade: true\nservices:\n  - {name: internet, addresses: [0.0.0.0/0, '::/0'], ports: [1-65535/tcp, 1-65535/udp]}\n  -",
+		"services: [grafana, nas]", "services: [grafana, internet]").Replace(w.config("")))
+	w.start()
+	alice := w.add("alice", "--group", "admins", "--full-tunnel")
+	alice.up()
+	alice.reaches(at("192.0.2.80:445"))
+	alice.reaches(at("[2001:db8:80::80]:445"))
+	alice.reaches(at("192.168.7.9:80")) // by a service of its own
+	for _, to := range []string{
+		"192.168.7.9:445", "[fd07::9]:445", "192.168.7.1:22", "203.0.113.2:22", "[2001:db8:1::2]:22", "10.66.0.1:22", "[fd66::1]:22",
+	} {
+		if err := alice.refused(at(to)); err != nil {
+			t.Errorf("%s: %v", to, err)
+		}
+	}
+	for from := range w.nas.Received() {
+		if from != netip.MustParseAddr("192.168.7.1") && from != netip.MustParseAddr("fd07::1") {
+			t.Errorf("the internet is asked by %v", from)
+		}
 	}
 }
 

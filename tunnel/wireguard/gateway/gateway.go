@@ -41,7 +41,9 @@ type Options struct {
 	Config wireguard.Config
 	// StateDir keeps leases and what the device remembers; empty keeps nothing.
 	StateDir string
-	Log      *slog.Logger
+	// Alone says that the process is nothing but the gateway.
+	Alone bool
+	Log   *slog.Logger
 }
 
 const (
@@ -96,6 +98,7 @@ type Gateway struct {
 	// What a turn opens when it first needs it.
 	openRules  func() (rules, error)
 	openDevice func(context.Context, device.Options) (link, error)
+	resolvConf string
 
 	// Of the loop alone.
 	leases  wireguard.Leases
@@ -105,6 +108,7 @@ type Gateway struct {
 	done    int                 // the wish that was enforced
 	next    time.Time           // when that comes to something else; zero: never
 	failed  []wireguard.Desired // wishes that failed since the last good turn
+	servers []netip.AddrPort    // of the machine, that stand in for upstreams; nil: none are asked for
 	said    said
 	alarm   *time.Timer // wakes the loop when a peer ends though turns fail
 
@@ -132,6 +136,7 @@ func New(options Options) (*Gateway, error) {
 		options: options, log: options.Log.With("component", "vpn"), resolver: names.New(options.Log), now: time.Now, began: time.Now(),
 		openRules:  func() (rules, error) { return nft.OpenAccess(nft.Options{}) },
 		openDevice: func(ctx context.Context, o device.Options) (link, error) { return device.Open(ctx, o) },
+		resolvConf: "/etc/resolv.conf",
 		said:       newSaid(), tally: newTally(),
 	}
 	g.loop = reconcile.New(reconcile.Config{Name: "vpn", Turn: g.turn, Interval: interval, LongestRetry: again, Log: options.Log})
@@ -240,7 +245,7 @@ func (g *Gateway) turn(ctx context.Context) (time.Time, error) {
 	g.done, g.next = w.number, earliest(want.Next, g.warn(want, now))
 	next := g.next
 	g.count()
-	if amiss := errors.Join(partly, leasesErr, g.resolver.Apply(namesOf(want))); g.note(amiss) {
+	if amiss := errors.Join(partly, leasesErr, g.resolver.Apply(g.namesFor(ctx, want))); g.note(amiss) {
 		next = earliest(next, now.Add(again))
 	}
 	return next, nil
@@ -415,7 +420,7 @@ func (g *Gateway) connect(ctx context.Context, have, want wireguard.Desired, now
 		defer cancel()
 		opened, err := g.openDevice(ctx, device.Options{
 			Name: want.Device.Interface, Mode: device.Mode(want.Device.Mode), StateDir: g.options.StateDir,
-			Want: wish, Rotated: g.rotated, Log: g.options.Log,
+			Want: wish, Rotated: g.rotated, Alone: g.options.Alone, Log: g.options.Log,
 		})
 		if err != nil {
 			return nil, fmt.Errorf("open the device: %w", err)
@@ -534,6 +539,27 @@ type said struct {
 
 func newSaid() said {
 	return said{map[wireguard.Name]time.Duration{}, map[wireguard.Name]string{}}
+}
+
+// namesFor is namesOf, where no upstreams are declared with the machine's own.
+func (g *Gateway) namesFor(ctx context.Context, want wireguard.Desired) names.Config {
+	c := namesOf(want)
+	if len(c.Listen) == 0 || len(c.Upstreams) > 0 {
+		g.servers = nil
+		return c
+	}
+	servers, err := names.Machine(ctx, g.resolvConf, slices.Concat(want.Access.Networks, want.Device.Routes))
+	c.Upstreams = servers
+	if g.servers != nil && slices.Equal(servers, g.servers) {
+		return c
+	}
+	g.servers = append([]netip.AddrPort{}, servers...)
+	if len(servers) == 0 {
+		g.log.Warn("no names.upstreams are declared, and this machine has no DNS server that can be asked: peers resolve the hosts of services alone", "file", g.resolvConf, "err", err)
+	} else {
+		g.log.Info("no names.upstreams are declared: this machine's DNS servers answer for them", "file", g.resolvConf, "servers", servers)
+	}
+	return c
 }
 
 // warn tells of the peers that end soon, at each of the warnings, and of those

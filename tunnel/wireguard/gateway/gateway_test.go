@@ -524,6 +524,44 @@ func TestWishes(t *testing.T) {
 	}
 }
 
+// TestMachineServers holds that the machine's DNS servers stand in for upstreams that
+// nobody declared, which log and status tell.
+func TestMachineServers(t *testing.T) {
+	declaration := strings.Replace(declared(peer("alice", ", groups: [family]")), "upstreams: [192.0.2.53], ", "", 1)
+	r := newRig(t, declaration)
+	r.g.resolvConf = filepath.Join(dirs[t], "resolv.conf")
+	turn := func(servers string) (string, NamesReport) {
+		t.Helper()
+		if err := os.WriteFile(r.g.resolvConf, []byte(servers), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r.logs.Reset()
+		r.at = r.at.Add(interval)
+		if _, _, err := r.turn(); err != nil {
+			t.Fatal(err)
+		}
+		return r.logs.String(), r.g.Report().Names
+	}
+	for _, tt := range []struct{ servers, said, asked string }{
+		{"nameserver 192.0.2.1\nnameserver 10.66.0.9\n", "servers=[192.0.2.1:53]", "[192.0.2.1:53]"},
+		{"nameserver 192.0.2.1\n", "", "[192.0.2.1:53]"},
+		{"nameserver 192.0.2.2\n", "servers=[192.0.2.2:53]", "[192.0.2.2:53]"},
+		{"nameserver 10.66.0.9\n", "has no DNS server that can be asked", "[]"},
+	} {
+		log, names := turn(tt.servers)
+		if said := strings.Contains(log, "names.upstreams"); said != (tt.said != "") || !strings.Contains(log, tt.said) {
+			t.Errorf("%q: logged %s", tt.servers, log)
+		}
+		if fmt.Sprint(names.Upstreams) != tt.asked || names.Machine != (tt.asked != "[]") {
+			t.Errorf("%q: status %+v", tt.servers, names)
+		}
+	}
+	r.declare(declared(peer("alice", ", groups: [family]")))
+	if _, names := turn("nameserver 192.0.2.1\n"); names.Machine || fmt.Sprint(names.Upstreams) != "[192.0.2.53:53]" {
+		t.Errorf("with upstreams declared: %+v", names)
+	}
+}
+
 // TestNeverWider declares at random, with failures at random, and has every step
 // judged: no key may ever reach what neither the last thing enforced nor
 // anything declared since lets it.

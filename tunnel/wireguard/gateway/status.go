@@ -28,8 +28,12 @@ type Report struct {
 
 // NamesReport is how the resolver stands.
 type NamesReport struct {
-	Listening []netip.AddrPort  `json:"listening"`
-	Missing   string            `json:"missing,omitempty"`
+	Listening []netip.AddrPort `json:"listening"`
+	Missing   string           `json:"missing,omitempty"`
+	// Upstreams are asked for all other names; Machine says that they are those of
+	// the machine's own, because none are declared.
+	Upstreams []netip.AddrPort  `json:"upstreams"`
+	Machine   bool              `json:"machine,omitempty"`
 	Down      []netip.AddrPort  `json:"down"` // upstreams that do not answer
 	Hosts     int               `json:"hosts"`
 	Questions map[string]uint64 `json:"questions"`
@@ -142,7 +146,7 @@ func (g *Gateway) Report() Report {
 		Status: g.Status(), Ready: "yes", LastGood: loop.LastGood, Failures: loop.Failures, Denied: []Attempt{},
 		Names: NamesReport{
 			Listening: append([]netip.AddrPort{}, resolver.Listening...), Down: append([]netip.AddrPort{}, resolver.Down...),
-			Hosts: resolver.Hosts, Questions: questions(resolver.Counts),
+			Upstreams: append([]netip.AddrPort{}, resolver.Upstreams...), Hosts: resolver.Hosts, Questions: questions(resolver.Counts),
 		},
 	}
 	if err := g.Ready(); err != nil {
@@ -154,6 +158,7 @@ func (g *Gateway) Report() Report {
 	g.mu.Lock()
 	have, rules := g.have, g.rules
 	g.mu.Unlock()
+	r.Names.Machine = len(r.Names.Upstreams) > 0 && len(have.Names.Upstreams) == 0
 	if rules == nil {
 		return r
 	}
