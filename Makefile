@@ -28,7 +28,7 @@ help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: tools ## Run the whole gateway on this machine; ONCE=1 proves it and exits, FROM=10 is the kernel, FROM=15 the tunnel
+demo: tools ## Run the whole gateway on this machine; ONCE=1 proves it and exits, FROM=10 is the kernel, FROM=15 the tunnel, FROM=18 the VPN
 	@$(GO) build -o dist/demo ./test/demo
 	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o dist/ ./cmd/edgeward ./cmd/edgeward-tunnel
 	@exec dist/demo -programs dist $(if $(ONCE),-once) $(if $(FROM),-from $(FROM))

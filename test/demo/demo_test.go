@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -23,7 +24,7 @@ import (
 
 // TestMain makes the test binary the demo itself where a test asks for it.
 func TestMain(m *testing.M) {
-	if os.Getenv("DEMO_ITSELF") != "" {
+	if os.Getenv("DEMO_ITSELF") != "" || os.Getenv(asPhone) != "" {
 		os.Args = append(os.Args[:1], strings.Fields(os.Getenv("DEMO_ITSELF"))...)
 		main()
 		return
@@ -66,13 +67,13 @@ func TestEveryStepHolds(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	if got := len(regexp.MustCompile(`(?m)^\d+  `).FindAllString(out.String(), -1)); got != 17 {
-		t.Errorf("%d steps were played, want 17", got)
+	if got := len(regexp.MustCompile(`(?m)^\d+  `).FindAllString(out.String(), -1)); got != 20 {
+		t.Errorf("%d steps were played, want 20", got)
 	}
 	for line := range strings.Lines(out.String()) {
 		// How long the path of the temporary directory is, is not ours to say.
-		if line = strings.TrimRight(line, "\n"); len(line) > width && !strings.Contains(line, os.TempDir()) {
-			t.Errorf("line of %d columns, want at most %d: %s", len(line), width, line)
+		if line = strings.TrimRight(line, "\n"); utf8.RuneCountInString(line) > width && !strings.Contains(line, os.TempDir()) {
+			t.Errorf("line of %d columns, want at most %d: %s", utf8.RuneCountInString(line), width, line)
 		}
 		if strings.Contains(line, "\x1b") {
 			t.Errorf("an escape sequence in what is no terminal: %q", line)
@@ -126,10 +127,13 @@ func TestNothingIsLeftBehind(t *testing.T) {
 		at    string // it ends when this has been said
 		end   func(shell, demo int) error
 		files bool // are left, because nobody is there to remove them
+		phone bool // is connected, in a third network
 	}{
 		{name: "interrupt", from: 1, at: "\n2  ", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }},
 		{name: "interrupt while packets fly", from: 13, at: "on-node nft flush ruleset", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }},
 		{name: "interrupt amid a rollover", from: 17, at: "# the old one", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }},
+		{name: "interrupt amid a transfer", from: 20, at: "it runs", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGINT) }, phone: true},
+		{name: "killed amid a transfer", from: 20, at: "it runs", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGKILL) }, files: true, phone: true},
 		{name: "terminate", from: 1, at: "\n2  ", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGTERM) }},
 		{name: "the parent is killed", from: 1, at: "\n2  ", end: func(shell, _ int) error { return syscall.Kill(shell, syscall.SIGKILL) }},
 		{name: "killed", from: 10, at: "cscli decisions add", end: func(_, demo int) error { return syscall.Kill(demo, syscall.SIGKILL) }, files: true},
@@ -142,8 +146,12 @@ func TestNothingIsLeftBehind(t *testing.T) {
 			shell, demo, said := begin(ctx, t, dir, fmt.Sprintf("-from %d", test.from), os.Args[0])
 			wait(ctx, t, "the step", said, func() bool { return strings.Contains(said(), test.at) })
 			networks := networksOf(t, dir)
-			if len(networks) != 2 {
-				t.Errorf("the processes of the demo are in %d networks, want the machine's and the node's", len(networks))
+			want := 2
+			if test.phone {
+				want = 3
+			}
+			if len(networks) != want {
+				t.Errorf("the processes of the demo are in %d networks, want %d: the machine's, the node's and perhaps the phone's", len(networks), want)
 			}
 			// The number of a network that is gone is soon another's, so those who
 			// were in it are watched: a network lives as long as they do.
@@ -187,15 +195,39 @@ func TestKernelLayerIsLeftOut(t *testing.T) {
 		t.Errorf("-once succeeds without the kernel layer:\n%s", said())
 	}
 	for _, want := range []string{
-		"The kernel layer is left out: it needs root and namespaces (sudo make demo).\n",
+		"The kernel layer and the VPN are left out: they need root and namespaces\n(sudo make demo).\n",
 		"\n15  ",
-		"demo: the steps in the kernel were not played: they need root and network namespaces: ",
+		"demo: the steps in the kernel and of the VPN were not played: they need root and network namespaces: ",
 	} {
 		if !strings.Contains(said(), want) {
 			t.Errorf("the demo does not say %q:\n%s", want, said())
 		}
 	}
-	if strings.Contains(said(), "\n10  ") || strings.Contains(said(), "FAILED") {
+	if strings.Contains(said(), "\n10  ") || strings.Contains(said(), "\n18  ") || strings.Contains(said(), "FAILED") {
+		t.Errorf("the demo said:\n%s", said())
+	}
+	wantEmpty(t, dir)
+}
+
+// TestVPNIsLeftOut: who may make no interface has all but the VPN, and is told.
+func TestVPNIsLeftOut(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	dir := t.TempDir()
+	shell, _, said := begin(ctx, t, dir, "-once -from 14", "unshare", "--mount", "sh", "-c", `mount --bind /dev/null /dev/net/tun && exec "$@"`, "sh", os.Args[0])
+	if err := shell.Wait(); err == nil {
+		t.Errorf("-once succeeds without the VPN:\n%s", said())
+	}
+	for _, want := range []string{
+		"The VPN is left out: it needs /dev/net/tun, and the right to open it.\n",
+		"\n14  ",
+		"demo: the steps of the VPN were not played: ",
+	} {
+		if !strings.Contains(said(), want) {
+			t.Errorf("the demo does not say %q:\n%s", want, said())
+		}
+	}
+	if strings.Contains(said(), "\n18  ") || strings.Contains(said(), "FAILED") {
 		t.Errorf("the demo said:\n%s", said())
 	}
 	wantEmpty(t, dir)

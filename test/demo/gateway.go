@@ -41,6 +41,8 @@ type gateway struct {
 	node    *node // nil where barred says why
 	barred  error
 	tunnel  *tunnel
+	vpn     *vpn  // nil where barred or closed says why
+	closed  error // to the VPN alone
 
 	bin      string                  // directory of the commands to type
 	dynamic  string                  // Traefik's dynamic configuration, with REVISION in it
@@ -122,6 +124,9 @@ http:
 		if err := g.node.addCommands(); err != nil {
 			return nil, err
 		}
+		if g.vpn, g.closed, err = layVPN(ctx, life, g); err != nil {
+			return nil, err
+		}
 	}
 	return g, g.tunnel.open(ctx)
 }
@@ -165,13 +170,20 @@ func (g *gateway) types(ctx context.Context, name string, args ...string) (strin
 		command += " " + arg
 	}
 	g.does(command)
-	var out, wrong bytes.Buffer
+	out, _, err := g.call(ctx, name, args...)
+	return out, err
+}
+
+// call runs a command of the directory on the PATH and returns what it wrote to
+// standard output, and what it said beside that.
+func (g *gateway) call(ctx context.Context, name string, args ...string) (out, said string, err error) {
+	var wrote, wrong bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(g.bin, name), args...)
-	cmd.Stdout, cmd.Stderr = &out, &wrong
+	cmd.Stdout, cmd.Stderr = &wrote, &wrong
 	if err := cmd.Run(); err != nil {
-		return out.String(), fmt.Errorf("%s: %w: %s", command, err, bytes.TrimSpace(wrong.Bytes()))
+		return wrote.String(), wrong.String(), fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(wrong.Bytes()))
 	}
-	return out.String(), nil
+	return wrote.String(), wrong.String(), nil
 }
 
 // close ends everything and removes what it wrote.
@@ -179,6 +191,9 @@ func (g *gateway) close() error {
 	var errs []error
 	for _, client := range g.clients {
 		client.CloseIdleConnections()
+	}
+	if g.vpn != nil {
+		errs = append(errs, g.vpn.close())
 	}
 	if g.node != nil {
 		errs = append(errs, g.node.close())
@@ -207,7 +222,10 @@ func (g *gateway) site() string { return strings.TrimPrefix(g.traefik.URL, "http
 func (g *gateway) introduce(once bool) {
 	g.say("up after %s, all on loopback; each client has an address in 127.0.0.0/8\n", spoken(time.Since(g.began)))
 	if g.barred != nil {
-		g.say("The kernel layer is left out: it needs root and namespaces (sudo make demo).")
+		g.say("The kernel layer and the VPN are left out: they need root and namespaces\n(sudo make demo).")
+	}
+	if g.closed != nil {
+		g.say("The VPN is left out: it needs /dev/net/tun, and the right to open it.")
 	}
 	if !once {
 		g.say("To type along, in another shell:\n    export PATH=%s:$PATH", g.bin)
@@ -229,7 +247,8 @@ func (g *gateway) invite(failed []string) {
   cscli decisions delete --ip 127.0.0.2
   for i in 1 2 3 4; do curl -si --interface 127.0.0.2 %[2]s/login; done
   kill -STOP %[3]d; sleep 5; kill -CONT %[3]d     # LAPI hangs for a while
-%[10]s%[11]s  configuration  %[4]s
+%[10]s%[11]s%[12]s
+  configuration  %[4]s
                  %[5]s
   refusals       %[6]s
   LAPI           %[7]s, log in
@@ -237,7 +256,7 @@ func (g *gateway) invite(failed []string) {
   Traefik        %[9]s/api/rawdata`,
 		g.bin, g.site(), g.lapi.PID(),
 		filepath.Join(g.traefik.Dir, "traefik.yml"), filepath.Join(g.traefik.Dir, "dynamic", "dynamic.yml"),
-		filepath.Join(g.traefik.Dir, "traefik.log"), g.lapi.URL, filepath.Join(g.lapi.Dir, "crowdsec.log"), g.traefik.APIURL, g.node.invite(), g.tunnel.invite())
+		filepath.Join(g.traefik.Dir, "traefik.log"), g.lapi.URL, filepath.Join(g.lapi.Dir, "crowdsec.log"), g.traefik.APIURL, g.node.invite(), g.tunnel.invite(), g.vpn.invite())
 }
 
 // answer is what a client got.

@@ -3,7 +3,8 @@
 // them, all on loopback. The kernel layer is the real node bouncer on the same
 // LAPI, in a network namespace that is the node, with visitors in another. The
 // tunnel is the real edgeward-tunnel before that Traefik; Cloudflare's edge and API
-// are emulated (test/cfedge), and nothing leaves the machine. The demo plays a
+// are emulated (test/cfedge), and nothing leaves the machine. The VPN is the same
+// program on the node, with a phone in a network of its own. The demo plays a
 // storyboard of bans, limits, reloads and accidents, each with the command that a
 // user would type, what came of it and how long it took, and then stays up to be
 // played with until Ctrl-C.
@@ -11,7 +12,8 @@
 // With -once it does not stay: it exits 0 only if every step held, and names
 // those that did not. It leaves no process, no network and no file behind. Who is
 // not root is given a user namespace to make the networks in; where neither is to
-// be had, the kernel layer is left out, and -once fails after the other steps.
+// be had, the kernel layer and the VPN are left out, and so is the VPN alone without
+// /dev/net/tun; -once then fails after the other steps.
 //
 // It proves what it shows and no more: the suites under test/e2e are the proof
 // of the rest. `make demo` calls it.
@@ -31,8 +33,15 @@ import (
 )
 
 func main() {
+	if file := os.Getenv(asPhone); file != "" {
+		if err := bePhone(file); err != nil {
+			fmt.Fprintln(os.Stderr, "phone:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	once := flag.Bool("once", false, "end after the last step, with an error if one did not hold")
-	from := flag.Int("from", 1, "begin with step `N`; those in the kernel begin with 10, those of the tunnel with 15")
+	from := flag.Int("from", 1, "begin with step `N`; those in the kernel begin with 10, those of the tunnel with 15, those of the VPN with 18")
 	programs := flag.String("programs", "", "`directory` of edgeward and edgeward-tunnel; without it they are built")
 	flag.Parse()
 	knock()
@@ -52,7 +61,7 @@ func main() {
 // stays until ctx ends.
 func run(ctx context.Context, out io.Writer, once bool, from int, programs string) (err error) {
 	s := newStory(out)
-	s.say("edgeward: starting CrowdSec's LAPI, Traefik with the plugin, a node and a tunnel")
+	s.say("edgeward: starting CrowdSec's LAPI, Traefik with the plugin, a node, a tunnel\nand a VPN")
 	g, err := open(ctx, s, programs)
 	if err != nil {
 		return err
@@ -73,6 +82,7 @@ func run(ctx context.Context, out io.Writer, once bool, from int, programs strin
 	}
 	steps = append(steps, g.node.steps()...)
 	steps = append(steps, g.tunnel.steps()...)
+	steps = append(steps, g.vpn.steps()...)
 	failed := play(ctx, s, steps, from)
 	if ctx.Err() != nil {
 		if once {
@@ -85,10 +95,17 @@ func run(ctx context.Context, out io.Writer, once bool, from int, programs strin
 			return fmt.Errorf("%d of the steps did not hold: %s", len(failed), strings.Join(failed, "; "))
 		}
 		if g.barred != nil {
-			return fmt.Errorf("the steps in the kernel were not played: they need root and network namespaces: %w", g.barred)
+			return fmt.Errorf("the steps in the kernel and of the VPN were not played: they need root and network namespaces: %w", g.barred)
+		}
+		if g.closed != nil {
+			return fmt.Errorf("the steps of the VPN were not played: %w", g.closed)
 		}
 		s.say("\nEvery step held.")
 		return nil
+	}
+	// A story that began later has not begun it.
+	if err := g.tunnel.begin(ctx); err != nil && ctx.Err() == nil {
+		s.failed(err)
 	}
 	g.invite(failed)
 	<-ctx.Done()

@@ -118,15 +118,18 @@ func (n *node) file(ns *netns.NS) string { return fmt.Sprintf("/proc/%d/fd/%d", 
 // addCommands adds to the directory for the user's PATH what works on the node
 // and from outside of it.
 func (n *node) addCommands() error {
-	enter := func(ns *netns.NS) string {
-		// Whoever is not root here has a user namespace to enter first.
-		return fmt.Sprintf("[ \"$(id -u)\" = 0 ] || as='--user=/proc/%d/ns/user --preserve-credentials'\nexec nsenter $as --net=%s", os.Getpid(), n.file(ns))
-	}
 	return errors.Join(
-		n.command("on-node", "PATH=$PATH:/usr/sbin\n"+enter(n.machine)),
-		n.command("outside", enter(n.visitors)),
-		n.command("edgeward-bouncer", fmt.Sprintf("set -- \"$@\" --config '%s'\n%s '%s'", n.agent.ConfigFile, enter(n.machine), n.agent.Program)),
+		n.command("on-node", "PATH=$PATH:/usr/sbin\n"+n.enter(n.machine, "")),
+		n.command("outside", n.enter(n.visitors, "")),
+		n.command("edgeward-bouncer", fmt.Sprintf("set -- \"$@\" --config '%s'\n%s '%s'", n.agent.ConfigFile, n.enter(n.machine, ""), n.agent.Program)),
 	)
+}
+
+// enter is a line of shell that goes on as a command in a network, and in what else
+// there is to enter.
+func (n *node) enter(ns *netns.NS, also string) string {
+	// Whoever is not root here has a user namespace to enter first.
+	return fmt.Sprintf("[ \"$(id -u)\" = 0 ] || as='--user=/proc/%d/ns/user --preserve-credentials'\nexec nsenter $as --net=%s%s", os.Getpid(), n.file(ns), also)
 }
 
 // invite says what there is to play with; nothing where there is no node.

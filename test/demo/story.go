@@ -59,6 +59,17 @@ func (s *story) shows(format string, args ...any) { s.say("       "+format, args
 // gaps are what is between the columns of a table.
 var gaps = regexp.MustCompile(` {3,}`)
 
+// colours are the escape sequences that choose them.
+var colours = regexp.MustCompile(`\x1b\[[0-9;]*m`)
+
+// draws prints a line of a picture, without colours where the story has none.
+func (s *story) draws(line string) {
+	if s.plain == "" {
+		line = colours.ReplaceAllString(line, "")
+	}
+	s.say("%s", line)
+}
+
 // quotes prints what a command wrote, and folds what is wider than the story.
 func (s *story) quotes(text string) {
 	const room = width - 7 // as shows indents

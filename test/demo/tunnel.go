@@ -155,10 +155,17 @@ func (t *tunnel) prepare(ctx context.Context, name string) (*rig.Tunnel, error) 
 	if err != nil {
 		return nil, err
 	}
-	for _, program := range []string{"edgeward", "edgeward-tunnel"} {
-		if err := t.command(program, fmt.Sprintf("set -- \"$@\" --config '%s'\nexec '%s'", p.ConfigFile, filepath.Join(t.programs, program))); err != nil {
-			return nil, errors.Join(err, p.Close())
-		}
+	// The VPN has a file of its own, with the peers.
+	peers := p.ConfigFile
+	if t.vpn != nil {
+		peers = t.vpn.process.ConfigFile
+	}
+	program := func(name string) string { return fmt.Sprintf("exec '%s'", filepath.Join(t.programs, name)) }
+	if err := errors.Join(
+		t.command("edgeward", fmt.Sprintf("file='%s'\n[ \"$1\" != peer ] || file='%s'\nset -- \"$@\" --config \"$file\"\n%s", p.ConfigFile, peers, program("edgeward"))),
+		t.command("edgeward-tunnel", fmt.Sprintf("case \" $* \" in *' --config '*) ;; *) set -- \"$@\" --config '%s' ;; esac\n%s", p.ConfigFile, program("edgeward-tunnel"))),
+	); err != nil {
+		return nil, errors.Join(err, p.Close())
 	}
 	return p, nil
 }

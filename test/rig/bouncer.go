@@ -58,7 +58,7 @@ func StartNodeBouncer(ctx context.Context, opts NodeBouncerOptions) (*NodeBounce
 		dir:   dir,
 		logs:  filepath.Join(dir, "bouncer.log"),
 		life:  ctx,
-		ready: b.answers,
+		ready: func(ctx context.Context) bool { return saysReady(ctx, b.SocketPath) },
 	}
 	err = Build(ctx, dir, "edgeward-bouncer")
 	if err == nil {
@@ -88,15 +88,15 @@ func (b *NodeBouncer) Configure(extra string) error {
 	return nil
 }
 
-// answers tells whether the bouncer says that the kernel holds the bans.
-func (b *NodeBouncer) answers(ctx context.Context) bool {
+// saysReady asks a program at its socket whether it does what it is there for.
+func saysReady(ctx context.Context, socket string) bool {
 	client := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", b.SocketPath)
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
 		},
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://bouncer/v1/status", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://edgeward/v1/status", nil)
 	if err != nil {
 		return false
 	}
