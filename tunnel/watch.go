@@ -45,13 +45,19 @@ const (
 )
 
 // NewWatcher reads the file at path, which must be right, and returns what it
-// says with the watcher of what it becomes.
-func NewWatcher(path string, log *slog.Logger) (*Watcher, Config, error) {
-	w := &Watcher{path: path, log: log.With("component", "config"), every: watchInterval, now: make(chan struct{}, 1)}
+// says with the watcher of what it becomes. The log is what logger makes of that;
+// the file is not read twice, because after a restart peers wait for it.
+func NewWatcher(path string, logger func(Config) (*slog.Logger, error)) (*Watcher, Config, error) {
+	w := &Watcher{path: path, every: watchInterval, now: make(chan struct{}, 1)}
 	c, _, err := w.load()
 	if err != nil {
 		return nil, Config{}, err
 	}
+	log, err := logger(c)
+	if err != nil {
+		return nil, Config{}, err
+	}
+	w.log = log.With("component", "config")
 	return w, c, nil
 }
 

@@ -23,7 +23,7 @@ func TestWatcher(t *testing.T) {
 	write(path, "tunnels: [{name: a, tokenFile: "+token+"}]\n")
 	write(token, "one")
 	logs := new(strings.Builder)
-	w, c, err := NewWatcher(path, slog.New(slog.NewTextHandler(logs, nil)))
+	w, c, err := NewWatcher(path, func(Config) (*slog.Logger, error) { return slog.New(slog.NewTextHandler(logs, nil)), nil })
 	if err != nil || c.Tunnels[0].Name != "a" {
 		t.Fatal(c, err)
 	}

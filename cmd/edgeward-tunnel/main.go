@@ -12,6 +12,7 @@ package main
 
 import (
 	"context"
+	"log/slog"
 	"os"
 	"time"
 
@@ -33,15 +34,11 @@ func program(args []string) int { return command.Run(commands(), args) }
 // file. Neither waits for the other.
 func run(ctx context.Context, path string, role roles) error {
 	start := time.Now()
-	first, err := tunnel.Load(path)
-	if err != nil {
-		return err
-	}
-	log, err := daemon.NewLog(os.Stderr, string(first.LogFormat), os.Getenv)
-	if err != nil {
-		return err
-	}
-	watcher, c, err := tunnel.NewWatcher(path, log)
+	var log *slog.Logger
+	watcher, c, err := tunnel.NewWatcher(path, func(c tunnel.Config) (_ *slog.Logger, err error) {
+		log, err = daemon.NewLog(os.Stderr, string(c.LogFormat), os.Getenv)
+		return log, err
+	})
 	if err != nil {
 		return err
 	}

@@ -176,13 +176,14 @@ func (s *socket) close() {
 
 // memoryLimit bounds the Go heap by the number of peers: in userspace each packet
 // on its way has a buffer of 64 KiB, and without a limit they pile up between two
-// collections. With less than this the collector runs all the time, which is why
-// a process that does other things as well has none: what those need, a table of
-// bans for one, would count against it. Who sets GOMEMLIMIT knows better.
+// collections. With less than this the collector runs all the time: with 64 MiB less
+// a byte costs twice the processor time. That is why a process that does other
+// things as well has none: what those need, a table of bans for one, would count
+// against it. Who sets GOMEMLIMIT knows better.
 type memoryLimit struct{ before, set int64 }
 
 const (
-	memoryBase    = 128 << 20
+	memoryBase    = 192 << 20
 	memoryPerPeer = 40 << 10
 )
 

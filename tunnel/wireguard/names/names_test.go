@@ -800,21 +800,5 @@ func BenchmarkAnswer(b *testing.B) {
 				g.r.ServeDNS(w, q)
 			}
 		})
-		b.Run(c.what+"/udp", func(b *testing.B) {
-			conn, err := dns.Dial("udp", g.at.String())
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer conn.Close()
-			q := query(c.name, "A", 1232)
-			for b.Loop() {
-				if err := conn.WriteMsg(q); err != nil {
-					b.Fatal(err)
-				}
-				if _, err := conn.ReadMsg(); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
 	}
 }
