@@ -64,10 +64,11 @@ test-real: ## Run the suites on the real Traefik, CrowdSec and Yaegi
 	@$(GO) test -count=1 -p 1 -timeout 30m $(MEASURING)
 
 .PHONY: bench
-bench: tools ## Measure requests in the real Traefik, bans and packets on a node (as root), the tunnel; side by side
+bench: tools ## Measure requests in the real Traefik, bans and packets on a node (as root), the tunnel, the VPN (as root); side by side
 	@$(GO) run ./test/benchmark
 	@$(GO) run ./test/benchmark/node
 	@$(GO) run ./test/benchmark/tunnel
+	@$(GO) run ./test/benchmark/vpn
 
 .PHONY: fuzz
 fuzz: ## Give each fuzz target a short run; FUZZTIME=20s

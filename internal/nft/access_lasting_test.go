@@ -831,3 +831,31 @@ func TestAccessValidate(t *testing.T) {
 		}
 	}
 }
+
+// manyPeers is an Access of n peers of two addresses each, in groups of ten that
+// may reach ten services of two addresses each.
+func manyPeers(n int) Access {
+	a := Access{Interface: "edgeward0", Networks: []netip.Prefix{prefix("10.66.0.0/16"), prefix("fd66::/64")},
+		Everyone: []Reach{{single(vpnGateway4), UDP, 53, 53}, {single(vpnGateway6), UDP, 53, 53}}}
+	for g := range max(n/100, 1) {
+		grp := Group{Name: fmt.Sprintf("group-%d", g)}
+		for s := range 10 {
+			for _, base := range []netip.Addr{addr("10.43.0.0"), addr("fd43::")} {
+				grp.Reach = append(grp.Reach, Reach{single(numberedAddr(base, g*10+s)), TCP, 443, 443})
+			}
+		}
+		a.Groups = append(a.Groups, grp)
+	}
+	for i := range n {
+		g := a.Groups[i%len(a.Groups)].Name
+		a.Sources = append(a.Sources, Source{single(numberedAddr(addr("10.66.1.0"), i)), g}, Source{single(numberedAddr(addr("fd66::1:0"), i)), g})
+	}
+	return a
+}
+
+func numberedAddr(base netip.Addr, n int) netip.Addr {
+	b := base.As16()
+	n += int(b[14])<<8 | int(b[15])
+	b[13], b[14], b[15] = b[13]+byte(n>>16), byte(n>>8), byte(n)
+	return netip.AddrFrom16(b).Unmap()
+}

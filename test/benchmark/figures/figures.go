@@ -51,7 +51,7 @@ func Held(ok bool) string {
 // Thousands writes 15000 as 15,000.
 func Thousands(n int) string {
 	text := strconv.Itoa(n)
-	for i := len(text) - 3; i > 0; i -= 3 {
+	for i := len(text) - 3; i > 0 && text[i-1] != '-'; i -= 3 {
 		text = text[:i] + "," + text[i:]
 	}
 	return text

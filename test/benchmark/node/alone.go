@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/edgeward/edgeward/test/benchmark/figures"
+	"github.com/edgeward/edgeward/test/benchmark/stage"
 )
 
 // solo is what our bouncer does alone with many decisions.
@@ -39,7 +40,7 @@ func alonePart(ctx context.Context, opts options, ours func() (program, error)) 
 	}
 	var all []solo
 	for _, n := range opts.alone {
-		err := within(ctx, func(s *scope) error {
+		err := stage.Within(ctx, func(s *stage.Scope) error {
 			one, err := measureAlone(s, opts, mine, n)
 			all = append(all, one)
 			return err
@@ -56,7 +57,7 @@ ban that a full pull lacks ends when the next one lacks it too.
 `, figures.Thousands(opts.ranges)), nil
 }
 
-func measureAlone(s *scope, opts options, ours program, n int) (one solo, err error) {
+func measureAlone(s *stage.Scope, opts options, ours program, n int) (one solo, err error) {
 	const part = 100 // one in so many changes
 	addrs := draw(n+n/part, 2)
 	later := addrs[n:]
@@ -89,7 +90,7 @@ func measureAlone(s *scope, opts options, ours program, n int) (one solo, err er
 	if one.startCPU, err = a.rest(s, opts.quiet); err != nil {
 		return one, err
 	}
-	if err := wait(s, opts.settle); err != nil {
+	if err := stage.Wait(s, opts.settle); err != nil {
 		return one, err
 	}
 	if one.memory, one.peak, err = a.memory(); err != nil {
@@ -153,7 +154,7 @@ func measureAlone(s *scope, opts options, ours program, n int) (one solo, err er
 		return one, err
 	}
 	opts.say("alone, %s: resync unchanged %+v, changed %+v, and again %+v", figures.Thousands(n), one.same, one.other, one.second)
-	if err := wait(s, opts.settle); err != nil {
+	if err := stage.Wait(s, opts.settle); err != nil {
 		return one, err
 	}
 	one.memoryAfter, one.peakAfter, err = a.memory()
@@ -173,12 +174,12 @@ func (w *world) resync(opts options, a *agent, from *stream, nth int) (r resync,
 	case asked = <-from.pulled:
 	case <-time.After(time.Minute):
 		return r, errors.New("it does not pull everything")
-	case <-w.scope.Done():
-		return r, context.Cause(w.scope)
+	case <-w.Scope.Done():
+		return r, context.Cause(w.Scope)
 	}
 	want := fmt.Sprintf("edgeward_pulls_total{kind=\"full\"} %d\n", nth)
 	for began := time.Now(); ; {
-		text, _, err := a.scrape(w.scope)
+		text, _, err := a.scrape(w.Scope)
 		if err != nil {
 			return r, err
 		}
@@ -188,12 +189,12 @@ func (w *world) resync(opts options, a *agent, from *stream, nth int) (r resync,
 		if time.Since(began) > time.Minute {
 			return r, errors.New("the full pull does not come to an end")
 		}
-		if err := wait(w.scope, 20*time.Millisecond); err != nil {
+		if err := stage.Wait(w.Scope, 20*time.Millisecond); err != nil {
 			return r, err
 		}
 	}
 	r.took = time.Since(asked)
-	after, err := a.rest(w.scope, opts.quiet)
+	after, err := a.rest(w.Scope, opts.quiet)
 	r.cpu = after - before
 	return r, err
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/edgeward/edgeward/test/benchmark/figures"
+	"github.com/edgeward/edgeward/test/benchmark/stage"
 	"github.com/edgeward/edgeward/test/rig"
 )
 
@@ -107,14 +108,14 @@ func (w *world) start(p program, url, key string) (*agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.name, err)
 	}
-	w.scope.Cleanup(func() { os.RemoveAll(dir) })
+	w.Scope.Cleanup(func() { os.RemoveAll(dir) })
 	args, err := p.config(dir, url, key)
 	if err != nil {
 		return nil, fmt.Errorf("configure %s: %w", p.name, err)
 	}
 	a := &agent{world: w, program: p, log: filepath.Join(dir, "log"), done: make(chan struct{})}
 	a.http = &http.Client{Timeout: time.Minute, Transport: &http.Transport{DialContext: w.dial, DisableCompression: true}}
-	w.scope.Cleanup(a.http.CloseIdleConnections)
+	w.Scope.Cleanup(a.http.CloseIdleConnections)
 	log, err := os.Create(a.log)
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.name, err)
@@ -130,7 +131,7 @@ func (w *world) start(p program, url, key string) (*agent, error) {
 		// The thread that forks has to outlive the child, or it gets the
 		// parent's death signal.
 		entered := false
-		err := w.node.Run(func() error {
+		err := w.Node.Run(func() error {
 			entered = true
 			err := a.cmd.Start()
 			started <- err
@@ -146,7 +147,7 @@ func (w *world) start(p program, url, key string) (*agent, error) {
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.name, err)
 	}
-	w.scope.Cleanup(func() {
+	w.Scope.Cleanup(func() {
 		// Killing fails only where there is nothing left to kill.
 		_ = a.cmd.Process.Kill()
 		<-a.done
@@ -219,7 +220,7 @@ func (a *agent) rest(ctx context.Context, d time.Duration) (time.Duration, error
 		if err != nil {
 			return 0, a.explain(err)
 		}
-		if err := wait(ctx, d); err != nil {
+		if err := stage.Wait(ctx, d); err != nil {
 			return 0, err
 		}
 		after, err := a.cpu()

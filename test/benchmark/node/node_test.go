@@ -3,8 +3,6 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -98,34 +96,6 @@ func TestSampleHasBothEnds(t *testing.T) {
 	}
 }
 
-// The frames are what another stack takes for an address and a checksum.
-func TestFrames(t *testing.T) {
-	mac := [2]net.HardwareAddr{{2, 0, 0, 0, 0, 1}, {2, 0, 0, 0, 0, 2}}
-	for _, from := range []string{"203.0.113.7", "2001:db8:f00::7"} {
-		addr, to := netip.MustParseAddr(from), node4
-		header := 20
-		if addr.Is6() {
-			to, header = node6, 40
-		}
-		for name, frame := range map[string][]byte{"udp": udpFrame(mac, addr, to, []byte("odd")), "syn": synFrame(mac, addr, to)} {
-			packet := frame[14:]
-			if !bytes.Equal(frame[:12], append(append([]byte{}, mac[0]...), mac[1]...)) {
-				t.Errorf("%s from %s: from %x", name, from, frame[:12])
-			}
-			if header == 20 && fold(0, packet[:20]) != 0xffff {
-				t.Errorf("%s from %s: the header's checksum is wrong", name, from)
-			}
-			protocol := byte(17)
-			if name == "syn" {
-				protocol = 6
-			}
-			if sum := transportSum(addr, to, protocol, packet[header:]); sum != 0 {
-				t.Errorf("%s from %s: the checksum is off by %#x", name, from, sum)
-			}
-		}
-	}
-}
-
 // The generator says what LAPI would.
 func TestStream(t *testing.T) {
 	values := []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32"), netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("2001:db8::1/128")}
@@ -186,18 +156,5 @@ func TestContestTableOfOneThatIsLate(t *testing.T) {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %q in:\n%s", want, got)
 		}
-	}
-}
-
-func TestWithinEndsWhatWasBegun(t *testing.T) {
-	var ended []int
-	err := within(t.Context(), func(s *scope) error {
-		s.Cleanup(func() { ended = append(ended, 1) })
-		s.Cleanup(func() { ended = append(ended, 2) })
-		s.Fatalf("broken: %w", errors.ErrUnsupported)
-		return nil
-	})
-	if !errors.Is(err, errors.ErrUnsupported) || !slices.Equal(ended, []int{2, 1}) {
-		t.Errorf("%v, ended %v", err, ended)
 	}
 }

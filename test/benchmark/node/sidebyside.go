@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/edgeward/edgeward/test/benchmark/figures"
+	"github.com/edgeward/edgeward/test/benchmark/stage"
 	"github.com/edgeward/edgeward/test/rig"
 )
 
@@ -86,7 +87,7 @@ func hold(ctx context.Context, opts options, programs []program, n int, conducts
 			if past := c.courses[p.name]; len(past) > 0 && past[0].enforced >= slow {
 				continue // it would be so again
 			}
-			err := within(ctx, func(s *scope) error {
+			err := stage.Within(ctx, func(s *stage.Scope) error {
 				l, err := launch(s, p, lapi, keys[p.name], banned)
 				if err != nil {
 					return err
@@ -124,7 +125,7 @@ type launched struct {
 	banned []netip.Addr
 }
 
-func launch(s *scope, p program, lapi *rig.LAPI, key string, banned []netip.Addr) (*launched, error) {
+func launch(s *stage.Scope, p program, lapi *rig.LAPI, key string, banned []netip.Addr) (*launched, error) {
 	w := newWorld(s)
 	to, err := url.Parse(lapi.URL)
 	if err != nil {
@@ -141,7 +142,7 @@ func launch(s *scope, p program, lapi *rig.LAPI, key string, banned []netip.Addr
 
 // course measures a program from its start.
 func (l *launched) course(opts options, victim netip.Addr) (c course, err error) {
-	ctx, a := l.scope, l.agent
+	ctx, a := l.Scope, l.agent
 	at, err := l.stopped(true, opts.limit, sample(l.banned, sampled)...)
 	c.enforced = at.Sub(a.began)
 	if errors.As(err, &c.late) {
@@ -158,7 +159,7 @@ func (l *launched) course(opts options, victim netip.Addr) (c course, err error)
 		return c, err
 	}
 	before, began := c.startCPU, time.Now()
-	if err := wait(ctx, opts.settle); err != nil {
+	if err := stage.Wait(ctx, opts.settle); err != nil {
 		return c, err
 	}
 	after, err := a.cpu()
@@ -190,9 +191,9 @@ func (l *launched) change(opts options, idle float64, value string, ban bool, ad
 	began := time.Now()
 	found := l.relay.expect(value)
 	if ban {
-		err = l.lapi.Ban(l.scope, value, time.Hour)
+		err = l.lapi.Ban(l.Scope, value, time.Hour)
 	} else {
-		err = l.lapi.Unban(l.scope, value)
+		err = l.lapi.Unban(l.Scope, value)
 	}
 	if err != nil {
 		return 0, 0, err
@@ -202,14 +203,14 @@ func (l *launched) change(opts options, idle float64, value string, ban bool, ad
 	case arrived = <-found:
 	case <-time.After(time.Minute):
 		return 0, 0, fmt.Errorf("wait for the decision on %s: no pull brought it", value)
-	case <-l.scope.Done():
-		return 0, 0, context.Cause(l.scope)
+	case <-l.Scope.Done():
+		return 0, 0, context.Cause(l.Scope)
 	}
 	at, err := l.stopped(ban, time.Minute, addr)
 	if err != nil {
 		return 0, 0, fmt.Errorf("after a change of %s: %w", value, err)
 	}
-	after, err := l.agent.rest(l.scope, opts.quiet)
+	after, err := l.agent.rest(l.Scope, opts.quiet)
 	spent := after - before - time.Duration(idle*float64(time.Since(began)))
 	return at.Sub(arrived), max(0, spent), err
 }
@@ -244,7 +245,7 @@ func (l *launched) conduct(soon time.Duration) (c conduct, err error) {
 	}
 	ranged := spareRange(0)
 	found := l.relay.expect(ranged.String())
-	if err := l.lapi.Ban(l.scope, ranged.String(), time.Hour); err != nil {
+	if err := l.lapi.Ban(l.Scope, ranged.String(), time.Hour); err != nil {
 		return c, err
 	}
 	select {
@@ -256,17 +257,17 @@ func (l *launched) conduct(soon time.Duration) (c conduct, err error) {
 		_, err := l.stopped(true, soon, ranged.Addr().Next(), ranged.Addr().Next().Next())
 		return err
 	})
-	if err := l.lapi.Unban(l.scope, ranged.String()); err != nil {
+	if err := l.lapi.Unban(l.Scope, ranged.String()); err != nil {
 		return c, err
 	}
-	if _, err := l.node.Exec("nft", "flush", "ruleset"); err != nil {
+	if _, err := l.Node.Exec("nft", "flush", "ruleset"); err != nil {
 		return c, err
 	}
 	c.flushed = word(func() error {
 		_, err := l.stopped(true, soon, some...)
 		return err
 	})
-	if err := l.agent.end(l.scope); err != nil {
+	if err := l.agent.end(l.Scope); err != nil {
 		return c, err
 	}
 	passed, err := l.passing(some...)

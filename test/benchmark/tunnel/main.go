@@ -2,8 +2,9 @@
 // requests through the same emulated edge to the same origin service, by turns
 // in one run, over HTTP/2 and QUIC. The connector runs bare, with a gate behind it
 // that only routes, and with one as edgeward-tunnel has it, so that the cost of
-// routes and that of verdicts and signatures show. Each connector is a process of its own, so
-// that its processor time and its memory are its own.
+// routes and that of verdicts and signatures show. Each connector is a process of its
+// own, so that its processor time and its memory are its own. How long a verdict takes
+// by itself is what the benchmark of package tunnel says.
 //
 // It prints Markdown on standard output and what it is doing on standard error,
 // and judges nothing by its exit status. Visitors, edge and origin service share
@@ -24,7 +25,9 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -39,12 +42,12 @@ import (
 type options struct {
 	rounds, requests, busy int
 	bulk                   int64 // bytes
-	readme                 bool
+	verdicts, readme       bool
 	log                    io.Writer
 }
 
 // full are the sizes that the published figures come from.
-var full = options{rounds: 5, requests: 6000, busy: 64, bulk: 1 << 30}
+var full = options{rounds: 5, requests: 6000, busy: 64, bulk: 1 << 30, verdicts: true}
 
 // quick are sizes that show in seconds that all of it works.
 var quick = options{rounds: 2, requests: 100, busy: 8, bulk: 1 << 20}
@@ -100,10 +103,13 @@ type usage struct {
 
 // The contestants that are our connector, by what is behind it.
 const (
-	bare     = "edgeward, bare"
-	routing  = "edgeward, routes"
-	deciding = "edgeward, verdicts"
+	bare     = "edgeward, connections alone"
+	routing  = "edgeward, with routes"
+	deciding = "edgeward, with verdicts and signature"
 )
+
+// stock is the other one.
+const stock = "cloudflared as a library"
 
 // A contestant is a running connector.
 type contestant struct {
@@ -133,7 +139,7 @@ func measure(ctx context.Context, opts options, out io.Writer) error {
 	var all []*contestant
 	var pids []int
 	for _, protocol := range []string{"http2", "quic"} {
-		for _, name := range []string{bare, routing, deciding, "cloudflared"} {
+		for _, name := range []string{bare, routing, deciding, stock} {
 			c := &contestant{name: name, protocol: protocol, tunnel: edge.Cloud().AddTunnel(account, name+" "+protocol, nil)}
 			if err := c.start(ctx, edge, origin); err != nil {
 				return fmt.Errorf("start %s over %s: %w", name, protocol, err)
@@ -185,8 +191,16 @@ func measure(ctx context.Context, opts options, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	text := markdown(all, opts) + fmt.Sprintf("\nWhile this was measured, everything else used %.0f %% of the machine.\n", 100*share)
-	fmt.Fprint(out, text)
+	text := requestsTable(all)
+	if opts.verdicts {
+		said, err := verdicts(ctx)
+		if err != nil {
+			return err
+		}
+		text += said
+	}
+	text += fmt.Sprintf("While this was measured, everything else used %.0f %% of the machine.\n", 100*share)
+	fmt.Fprint(out, text+"\n"+memoryTable(all, opts))
 	if counts := edge.Counts(); counts.Failed+counts.NoTunnel+counts.Lost > 0 {
 		return fmt.Errorf("measure requests: some failed: %+v", counts)
 	}
@@ -201,7 +215,7 @@ func measure(ctx context.Context, opts options, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	return figures.WriteReadme(root, "bench tunnel", fmt.Sprintf("The tunnel, measured by `make bench` on %s, edge and visitors on the same machine.\n\n%s", machine, text))
+	return figures.WriteReadme(root, "bench tunnel", fmt.Sprintf("Median of %d rounds on the emulated edge, each connector in a process of its own, edge and\nvisitors beside them, on %s.\n\n%s", opts.rounds, machine, text))
 }
 
 func (c *contestant) start(ctx context.Context, edge *cfedge.Edge, origin string) error {
@@ -402,13 +416,45 @@ func median(values []float64) float64 {
 	return values[len(values)/2]
 }
 
-func markdown(all []*contestant, opts options) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "Requests of 2 KiB through the tunnel, %d under way at once, four connections; median of %d rounds by turns.\n\n", opts.busy, len(all[0].rates))
-	b.WriteString("| connector | protocol | requests/s | CPU per request | resident, idle | after the rounds | at most |\n|---|---|---:|---:|---:|---:|---:|\n")
+// protocols are the ways to the edge, by the names that tables give them.
+var protocols = []struct{ name, shown string }{{"http2", "http2"}, {"quic", "QUIC"}}
+
+// requestsTable is what docs/benchmarks.md shows.
+func requestsTable(all []*contestant) string {
+	head := []string{"connector"}
+	of := map[[2]string]*contestant{}
+	for _, p := range protocols {
+		head = append(head, p.shown+" requests/s", p.shown+" CPU")
+	}
+	var names []string
 	for _, c := range all {
-		fmt.Fprintf(&b, "| %s | %s | %.0f | %.1f µs | %d MiB | %d MiB | %d MiB |\n",
-			c.name, c.protocol, median(c.rates), median(c.costs), c.idle.Memory>>20, c.after.Memory>>20, c.after.Peak>>20)
+		if of[[2]string{c.name, c.protocol}] = c; c.protocol == protocols[0].name {
+			names = append(names, c.name)
+		}
+	}
+	rows := [][]string{head}
+	for _, name := range names {
+		row := []string{name}
+		for _, p := range protocols {
+			c := of[[2]string{name, p.name}]
+			row = append(row, figures.Thousands(int(median(c.rates))), fmt.Sprintf("%.0f µs", median(c.costs)))
+		}
+		rows = append(rows, row)
+	}
+	var differs []string
+	for _, p := range protocols {
+		with, without := of[[2]string{deciding, p.name}], of[[2]string{routing, p.name}]
+		differs = append(differs, fmt.Sprintf("%+.0f %% over %s", 100*(median(with.rates)/median(without.rates)-1), p.shown))
+	}
+	return figures.Table(rows) + fmt.Sprintf("\nWith verdicts and signature the requests a second differ by %s.\n", strings.Join(differs, " and "))
+}
+
+// memoryTable is what else there is to see.
+func memoryTable(all []*contestant, opts options) string {
+	var b strings.Builder
+	b.WriteString("| connector | protocol | resident, idle | after the rounds | at most |\n|---|---|---:|---:|---:|\n")
+	for _, c := range all {
+		fmt.Fprintf(&b, "| %s | %s | %d MiB | %d MiB | %d MiB |\n", c.name, c.protocol, c.idle.Memory>>20, c.after.Memory>>20, c.after.Peak>>20)
 	}
 	if opts.bulk > 0 {
 		fmt.Fprintf(&b, "\nOne body of %d MiB down, and then one up.\n\n", opts.bulk>>20)
@@ -420,5 +466,38 @@ func markdown(all []*contestant, opts options) string {
 	}
 	return b.String()
 }
+
+// verdictGoal is the most that a verdict may take.
+const verdictGoal = time.Microsecond
+
+// verdicts has package tunnel measure how long a verdict takes.
+func verdicts(ctx context.Context) (string, error) {
+	root, err := rig.Root()
+	if err != nil {
+		return "", err
+	}
+	cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^BenchmarkVerdict$", "-benchtime", "300ms", "./tunnel")
+	cmd.Dir = root
+	said, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("measure verdicts: %w: %s", err, said)
+	}
+	var all []float64 // in nanoseconds
+	for _, found := range nsPerOp.FindAllSubmatch(said, -1) {
+		ns, err := strconv.ParseFloat(string(found[1]), 64)
+		if err != nil {
+			return "", fmt.Errorf("measure verdicts: %w", err)
+		}
+		all = append(all, ns)
+	}
+	if len(all) == 0 {
+		return "", fmt.Errorf("measure verdicts: the benchmark says nothing: %s", said)
+	}
+	took := figures.SpreadOf(all)
+	return fmt.Sprintf("A verdict is looked up in %.0f to %.0f ns, among none to 100,000 decisions (goal 1 µs: %s).\n",
+		took.Least, took.Most, figures.Held(took.Most <= float64(verdictGoal.Nanoseconds()))), nil
+}
+
+var nsPerOp = regexp.MustCompile(`\s([\d.]+) ns/op`)
 
 var errNoPlan = errors.New("read the plan: this program starts its connectors itself; leave -connector out")

@@ -28,9 +28,10 @@ func TestQuickRun(t *testing.T) {
 		t.Fatalf("%v; it said:\n%s", err, log.String())
 	}
 	for _, line := range []string{
-		`\| edgeward, verdicts \| http2 \| [1-9]\d* \| [\d.]+ µs \| [1-9]\d* MiB \| [1-9]\d* MiB \| [1-9]\d* MiB \|`,
-		`\| cloudflared \| quic \| [1-9]\d* \| [\d.]+ µs \| [1-9]\d* MiB \| [1-9]\d* MiB \| [1-9]\d* MiB \|`,
-		`\| edgeward, verdicts \| quic \| [1-9]\d* MiB/s \| [\d.]+ ms \| [1-9]\d* MiB/s \| [\d.]+ ms \| [1-9]\d* MiB \|`,
+		`\| edgeward, with verdicts and signature \| [\d,]+ \| [\d.]+ µs \| [\d,]+ \| [\d.]+ µs \|`,
+		`\| cloudflared as a library \| quic \| [1-9]\d* MiB \| [1-9]\d* MiB \| [1-9]\d* MiB \|`,
+		`\| edgeward, with verdicts and signature \| quic \| [1-9]\d* MiB/s \| [\d.]+ ms \| [1-9]\d* MiB/s \| [\d.]+ ms \| [1-9]\d* MiB \|`,
+		`With verdicts and signature the requests a second differ by [-+]\d+ % over http2 and [-+]\d+ % over QUIC`,
 		`everything else used \d+ % of the machine`,
 	} {
 		if !regexp.MustCompile(line).MatchString(out.String()) {

@@ -1,4 +1,4 @@
-package main
+package stage
 
 import (
 	"encoding/binary"
@@ -8,13 +8,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// sourcePort is where all packets come from.
 const sourcePort = 40000
 
-// udpFrame is an Ethernet frame with a datagram to the sink. mac is that of the
+// UDPFrame is an Ethernet frame with a datagram to a port. mac is that of the
 // receiver and of the sender.
-func udpFrame(mac [2]net.HardwareAddr, from, to netip.Addr, payload []byte) []byte {
+func UDPFrame(mac [2]net.HardwareAddr, from, to netip.Addr, port uint16, payload []byte) []byte {
 	udp := binary.BigEndian.AppendUint16(nil, sourcePort)
-	udp = binary.BigEndian.AppendUint16(udp, sinkPort)
+	udp = binary.BigEndian.AppendUint16(udp, port)
 	udp = binary.BigEndian.AppendUint16(udp, uint16(8+len(payload)))
 	udp = append(udp, 0, 0)
 	udp = append(udp, payload...)
@@ -26,10 +27,10 @@ func udpFrame(mac [2]net.HardwareAddr, from, to netip.Addr, payload []byte) []by
 	return ipFrame(mac, from, to, unix.IPPROTO_UDP, udp)
 }
 
-// synFrame is one that opens a TCP connection.
-func synFrame(mac [2]net.HardwareAddr, from, to netip.Addr) []byte {
+// SYNFrame is one that opens a TCP connection to a port.
+func SYNFrame(mac [2]net.HardwareAddr, from, to netip.Addr, port uint16) []byte {
 	tcp := binary.BigEndian.AppendUint16(nil, sourcePort)
-	tcp = binary.BigEndian.AppendUint16(tcp, sinkPort)
+	tcp = binary.BigEndian.AppendUint16(tcp, port)
 	tcp = append(tcp, 0, 0, 0, 1, 0, 0, 0, 0) // sequence and acknowledgement
 	tcp = append(tcp, 5<<4, 0x02, 0x72, 0x10, 0, 0, 0, 0)
 	binary.BigEndian.PutUint16(tcp[16:], transportSum(from, to, unix.IPPROTO_TCP, tcp))
