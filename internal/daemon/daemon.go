@@ -55,7 +55,9 @@ func Run(ctx context.Context, options Options, tasks ...Task) error {
 	// Once it stops, a signal has its usual effect again, which is the end.
 	release := func() { signal.Stop(signals) }
 	defer release()
-	return run(ctx, options, signals, release, tasks)
+	err := run(ctx, options, signals, release, tasks)
+	options.Log.Info("stopped")
+	return err
 }
 
 func run(ctx context.Context, options Options, signals <-chan os.Signal, release func(), tasks []Task) error {

@@ -104,8 +104,8 @@ func TestSignals(t *testing.T) {
 		reload bool
 		logs   string
 	}{
-		{syscall.SIGTERM, true, "msg=reloading signal=hangup\nmsg=stopping signal=terminated\n"},
-		{syscall.SIGINT, false, "msg=\"nothing to reload\" signal=hangup\nmsg=stopping signal=interrupt\n"},
+		{syscall.SIGTERM, true, "msg=reloading signal=hangup\nmsg=stopping signal=terminated\nmsg=stopped\n"},
+		{syscall.SIGINT, false, "msg=\"nothing to reload\" signal=hangup\nmsg=stopping signal=interrupt\nmsg=stopped\n"},
 	} {
 		t.Run(c.end.String(), func(t *testing.T) {
 			var log bytes.Buffer

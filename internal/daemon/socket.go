@@ -21,8 +21,11 @@ import (
 // Socket answers the command line on a unix socket that the process's own user
 // alone may use. Make it with ListenSocket; it is a Task.
 type Socket struct {
+	path   string
 	server *http.Server
-	listen net.Listener
+	log    *slog.Logger
+	listen *net.UnixListener // nil while a predecessor has the socket
+	file   os.FileInfo       // the socket that listen made
 }
 
 // Answers are what can be asked, by path: each returns what is shown as JSON.
@@ -44,28 +47,66 @@ const (
 var ErrNotRunning = errors.New("nobody answers")
 
 // ListenSocket takes the socket at path; what a predecessor that is gone left
-// there makes way, one that lives does not.
+// there makes way. One that lives keeps it: Run then waits for its end, since a
+// process may start before the one that it replaces is done. Where no socket can
+// be made at all it fails.
 func ListenSocket(path string, answers Answers, orders Orders, log *slog.Logger) (*Socket, error) {
-	wrap := func(err error) error { return fmt.Errorf("listen for the command line: %w", err) }
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, wrap(err)
+		return nil, fmt.Errorf("listen for the command line: %w", err)
 	}
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+	s := &Socket{path: path, log: log.With("component", "control socket"), server: serverOfSocket(answers, orders, log)}
+	switch err := s.take(); {
+	case errors.Is(err, errTaken):
+		s.log.Warn("cannot take the socket, trying until it is free", "err", err)
+	case err != nil:
+		return nil, fmt.Errorf("listen for the command line: %w", err)
+	}
+	return s, nil
+}
+
+// errTaken says that a process that lives has the socket.
+var errTaken = errors.New("another process answers")
+
+// take takes the socket, if nobody who lives has it.
+func (s *Socket) take() error {
+	c, err := net.DialTimeout("unix", s.path, time.Second)
+	switch {
+	case err == nil:
 		_ = c.Close()
-		return nil, fmt.Errorf("listen for the command line: another process answers at %s", path)
-	}
-	if info, err := os.Lstat(path); err == nil && info.Mode().Type() == os.ModeSocket {
-		if err := os.Remove(path); err != nil {
-			return nil, wrap(err)
+		return fmt.Errorf("%w at %s", errTaken, s.path)
+	case errors.Is(err, unix.EAGAIN): // it has more questions than it can queue
+		return fmt.Errorf("%w at %s: %w", errTaken, s.path, err)
+	case !errors.Is(err, unix.ECONNREFUSED):
+	default:
+		if info, err := os.Lstat(s.path); err == nil && info.Mode().Type() == os.ModeSocket {
+			if err := os.Remove(s.path); err != nil {
+				return err
+			}
 		}
 	}
-	l, err := net.Listen("unix", path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: s.path, Net: "unix"})
 	if err != nil {
-		return nil, wrap(err)
+		return err
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(wrap(err), l.Close())
+	l.SetUnlinkOnClose(false) // see leave
+	if err = os.Chmod(s.path, 0o600); err == nil {
+		s.file, err = os.Lstat(s.path)
 	}
+	if err != nil {
+		return errors.Join(err, l.Close(), os.Remove(s.path))
+	}
+	s.listen = l
+	return nil
+}
+
+// leave removes the socket, unless it has become another process's.
+func (s *Socket) leave() {
+	if info, err := os.Lstat(s.path); err == nil && os.SameFile(info, s.file) {
+		_ = os.Remove(s.path)
+	}
+}
+
+func serverOfSocket(answers Answers, orders Orders, log *slog.Logger) *http.Server {
 	mux := http.NewServeMux()
 	for path, answer := range answers {
 		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
@@ -84,13 +125,13 @@ func ListenSocket(path string, answers Answers, orders Orders, log *slog.Logger)
 			reply(w, value, err)
 		})
 	}
-	return &Socket{listen: l, server: &http.Server{
+	return &http.Server{
 		Handler: mux, ReadTimeout: askTimeout, WriteTimeout: orderTimeout, MaxHeaderBytes: headerLimit,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, conn)
 		},
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-	}}, nil
+	}
 }
 
 func reply(w http.ResponseWriter, value any, err error) {
@@ -133,6 +174,17 @@ func (s *Socket) String() string { return "control socket" }
 
 // Run answers until ctx ends, and removes the socket.
 func (s *Socket) Run(ctx context.Context) error {
+	if s.listen == nil {
+		for err := error(errTaken); err != nil; err = s.take() {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(bindRetry):
+			}
+		}
+		s.log.Info("the socket is free, answering", "socket", s.path)
+	}
+	defer s.leave()
 	stopped := make(chan error, 1)
 	go func() { stopped <- s.server.Serve(s.listen) }()
 	select {
