@@ -45,12 +45,39 @@ func New(name, short string) *cobra.Command {
 // Run runs one command line and returns its exit code: 0, or 1 after it has said
 // on standard error what failed.
 func Run(root *cobra.Command, args []string) int {
+	demandVerbs(root)
 	root.SetArgs(args)
 	if err := root.ExecuteContext(context.Background()); err != nil {
 		report(os.Stderr, root.Name(), err)
 		return 1
 	}
 	return 0
+}
+
+// demandVerbs has each command that only groups others refuse what is none of
+// them; cobra would show its help and call that success.
+func demandVerbs(group *cobra.Command) {
+	for _, sub := range group.Commands() {
+		demandVerbs(sub)
+		if !sub.HasSubCommands() || sub.Runnable() {
+			continue
+		}
+		sub.RunE = func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return cmd.Help()
+			}
+			var verbs []string
+			for _, v := range cmd.Commands() {
+				if v.IsAvailableCommand() {
+					verbs = append(verbs, v.Name())
+				}
+			}
+			if meant := config.Nearest(args[0], verbs); meant != "" {
+				return fmt.Errorf("unknown command %q for %q: did you mean %q?", args[0], cmd.CommandPath(), meant)
+			}
+			return fmt.Errorf("unknown command %q for %q: there are %s", args[0], cmd.CommandPath(), strings.Join(verbs, ", "))
+		}
+	}
 }
 
 // report tells of an error, in lines that begin with the program's name. What is

@@ -118,6 +118,20 @@ func (c *Check) Has(key string) bool {
 	return ok
 }
 
+// Line is the line on which a key stands, or the nearest key around it.
+func (c *Check) Line(key string) int {
+	return c.place(key).line
+}
+
+func (c *Check) place(key string) position {
+	for ; key != ""; key = parent(key) {
+		if at, ok := c.at[key]; ok {
+			return at
+		}
+	}
+	return position{1, 1}
+}
+
 // Fail reports what is wrong with a key, at its place, or where it is missing
 // at that of the nearest key around it. A key whose value could not even be
 // read has had its problem; Fail then adds nothing.
@@ -127,14 +141,7 @@ func (c *Check) Fail(key, format string, args ...any) {
 			return
 		}
 	}
-	at := position{1, 1}
-	for around := key; around != ""; around = parent(around) {
-		if p, ok := c.at[around]; ok {
-			at = p
-			break
-		}
-	}
-	c.problem(at, key, format, args...)
+	c.problem(c.place(key), key, format, args...)
 }
 
 // problem reports what is wrong with the value of a key.

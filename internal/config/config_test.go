@@ -249,6 +249,8 @@ func TestProblems(t *testing.T) {
 			"1:7: lapi: anchors, aliases and merge keys are not supported: write the value out",
 			"2:7: name: anchors, aliases and merge keys are not supported: write the value out",
 		}},
+		{"a star without quotes", "lapi: {url: x}\nname: *.example.org\n", []string{`2:7: name: "*.example.org": a text that begins with * has to be in quotes`}},
+		{"a byte order mark", "\ufefflapi: {url: x}\nnome: x\n", []string{`2:1: unknown key "nome": did you mean "name"?`}},
 		{"merge keys", "lapi: {url: x}\nlabels:\n  <<: {a: b}\n", []string{"3:3: labels: anchors, aliases and merge keys are not supported: write the value out"}},
 		{"tags", "lapi: {url: x}\nname: !!binary aGk=\n", []string{"2:7: name: tags are not supported: leave it out"}},
 		{"directives", "%YAML 1.1\n---\nlapi: {url: x}\n", []string{"1:1: directives are not supported: leave the line out"}},

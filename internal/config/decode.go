@@ -45,6 +45,7 @@ func (c *Check) read(text []byte, dst reflect.Value) {
 		unreadable(position{line, 1}, "%s", what)
 		return
 	}
+	text = bytes.TrimPrefix(text, []byte("\ufeff")) // a byte order mark, as some editors write
 	// The library counts lines wrongly where they end in two bytes.
 	text = bytes.ReplaceAll(text, []byte("\r\n"), []byte("\n"))
 	file, err := parser.ParseBytes(text, 0, parser.AllowDuplicateMapKey())
@@ -186,8 +187,15 @@ var (
 //   - structs, pointers, lists, and maps from strings to any of these.
 func (c *Check) decode(node ast.Node, dst reflect.Value, key string) {
 	at := positionOf(node)
-	switch node.(type) {
-	case *ast.AnchorNode, *ast.AliasNode, *ast.MergeKeyNode:
+	switch n := node.(type) {
+	case *ast.AliasNode:
+		if n.Value != nil && strings.HasPrefix(n.Value.String(), ".") { // no name that an anchor has
+			c.problem(at, key, "%s: a text that begins with * has to be in quotes", quoted("*"+n.Value.String()))
+			return
+		}
+		c.problem(at, key, "%v", errAnchors)
+		return
+	case *ast.AnchorNode, *ast.MergeKeyNode:
 		c.problem(at, key, "%v", errAnchors)
 		return
 	case *ast.TagNode:

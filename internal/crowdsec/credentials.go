@@ -85,27 +85,50 @@ func (t *credentials) current() (*http.Transport, config.Secret, error) {
 }
 
 func (t *credentials) read() (contents, error) {
-	var c contents
+	c, errs := t.config.read()
+	if len(errs) > 0 {
+		return contents{}, errs[0]
+	}
+	return c, nil
+}
+
+// read reads the files, as far as that can be done.
+func (c *Config) read() (have contents, errs []error) {
 	for _, f := range []struct {
 		name string
 		file config.File
 		into *config.Secret
 	}{
-		{"keyFile", t.config.KeyFile, &c.key},
-		{"tls.caFile", t.config.TLS.CAFile, &c.ca},
-		{"tls.certFile", t.config.TLS.CertFile, &c.cert},
-		{"tls.keyFile", t.config.TLS.KeyFile, &c.certKey},
+		{"keyFile", c.KeyFile, &have.key},
+		{"tls.caFile", c.TLS.CAFile, &have.ca},
+		{"tls.certFile", c.TLS.CertFile, &have.cert},
+		{"tls.keyFile", c.TLS.KeyFile, &have.certKey},
 	} {
 		if f.file == "" {
 			continue
 		}
 		text, err := f.file.Read()
 		if err != nil {
-			return contents{}, fmt.Errorf("read lapi.%s: %w", f.name, err)
+			errs = append(errs, fmt.Errorf("read lapi.%s: %w", f.name, err))
 		}
 		*f.into = text
 	}
-	return c, nil
+	return have, errs
+}
+
+// CheckFiles reads the files that c names and says what is wrong with each.
+func (c *Config) CheckFiles() []error {
+	have, errs := c.read()
+	if len(errs) > 0 {
+		return errs
+	}
+	if err := headerSafe(have.key.Reveal()); err != nil {
+		errs = append(errs, fmt.Errorf("read lapi.keyFile: %s: %w", c.KeyFile, err))
+	}
+	if _, err := (&credentials{config: *c}).connections(have); err != nil {
+		errs = append(errs, err)
+	}
+	return errs
 }
 
 // use makes the connections for new credentials. With other certificates, what
@@ -113,7 +136,7 @@ func (t *credentials) read() (contents, error) {
 // would otherwise outlive them by months.
 func (t *credentials) use(now contents) error {
 	if err := headerSafe(now.key.Reveal()); err != nil {
-		return fmt.Errorf("read lapi.keyFile: %w", err)
+		return fmt.Errorf("read lapi.keyFile: %s: %w", t.config.KeyFile, err)
 	}
 	before := t.have
 	before.key = now.key
@@ -149,7 +172,7 @@ func (t *credentials) connections(c contents) (*http.Transport, error) {
 	if t.config.TLS.CAFile != "" {
 		config.RootCAs = x509.NewCertPool()
 		if !config.RootCAs.AppendCertsFromPEM([]byte(c.ca.Reveal())) {
-			return nil, errors.New("read lapi.tls.caFile: no PEM certificate in it")
+			return nil, fmt.Errorf("read lapi.tls.caFile: %s holds no PEM certificate", t.config.TLS.CAFile)
 		}
 	}
 	if t.config.TLS.CertFile != "" {

@@ -300,7 +300,7 @@ func TestCertificates(t *testing.T) {
 		answer string
 		logged string
 	}{
-		{"an authority that is none", func() { secrets.write("ca", "x"); issue(first, "one") }, "read lapi.tls.caFile: no PEM certificate in it", ""},
+		{"an authority that is none", func() { secrets.write("ca", "x"); issue(first, "one") }, "holds no PEM certificate", ""},
 		{"as it should be", func() { secrets.copy("ca", first.CAFile) }, "one", ""},
 		{"a new certificate, at once", func() { issue(first, "two") }, "two", "credentials changed"},
 		{"half a rotation", func() {
