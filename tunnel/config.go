@@ -510,8 +510,18 @@ func (c *Config) checkHosts(check *config.Check, tunnels []string) {
 		host Host
 		path string
 	}
-	taken := map[place]bool{}
+	taken := map[place]string{} // keys
 	first := map[Host]*HostConfig{}
+	firstAt := map[Host]string{}
+	internalAt := func(internal Host) (line int) {
+		for i, h := range c.InternalHosts {
+			if h == internal {
+				return check.Line(fmt.Sprintf("internalHosts[%d]", i))
+			}
+		}
+		i := slices.IndexFunc(c.Hosts, func(h HostConfig) bool { return h.Exposure == Internal && h.Host == internal })
+		return check.Line(fmt.Sprintf("hosts[%d].host", i))
+	}
 	c.Hosts = slices.Clone(c.Hosts)
 	for i := range c.Hosts {
 		h := &c.Hosts[i]
@@ -528,6 +538,7 @@ func (c *Config) checkHosts(check *config.Check, tunnels []string) {
 		switch {
 		case h.Tunnel == "" && len(tunnels) == 1:
 			h.Tunnel = tunnels[0]
+		case len(tunnels) == 0: // which has been said
 		case h.Tunnel == "" && h.Exposure == Public:
 			check.Fail(at+"tunnel", "is missing: there are several (%s)", strings.Join(tunnels, ", "))
 		case h.Tunnel != "" && !slices.Contains(tunnels, h.Tunnel):
@@ -540,17 +551,19 @@ func (c *Config) checkHosts(check *config.Check, tunnels []string) {
 			check.Fail(at+"path", "%q: want a plain prefix such as /api", h.Path)
 		}
 		h.Path = strings.TrimSuffix(h.Path, "/")
-		if taken[place{h.Host, h.Path}] {
-			check.Fail(at+"host", "%s%s is there already", h.Host, h.Path)
+		other := first[h.Host]
+		switch where := taken[place{h.Host, h.Path}]; {
+		case other == nil:
+			first[h.Host], firstAt[h.Host] = h, at+"host"
+		case h.Host == "":
+		case other.Exposure != h.Exposure:
+			check.Fail(at+"exposure", "%s is %s on line %d: one host is public or internal, whatever the path", h.Host, other.Exposure, check.Line(firstAt[h.Host]))
+		case where != "":
+			check.Fail(at+"host", "%s%s is there already, on line %d", h.Host, h.Path, check.Line(where))
+		case other.Tunnel != h.Tunnel:
+			check.Fail(at+"tunnel", "%s is in tunnel %s on line %d: one host has one DNS record, and so one tunnel", h.Host, other.Tunnel, check.Line(firstAt[h.Host]))
 		}
-		taken[place{h.Host, h.Path}] = true
-		if other := first[h.Host]; other == nil {
-			first[h.Host] = h
-		} else if other.Exposure != h.Exposure {
-			check.Fail(at+"exposure", "%s is %s above: one host is public or internal, whatever the path", h.Host, other.Exposure)
-		} else if other.Tunnel != h.Tunnel {
-			check.Fail(at+"tunnel", "%s is in tunnel %s above: one host has one DNS record, and so one tunnel", h.Host, other.Tunnel)
-		}
+		taken[place{h.Host, h.Path}] = at + "host"
 		if h.Service == (Service{}) {
 			check.Fail(at+"service", "is missing: %v", errService)
 		}
@@ -567,7 +580,7 @@ func (c *Config) checkHosts(check *config.Check, tunnels []string) {
 					check.Fail(at+"origin.hostHeader", "%s is internal (%s), and a public host would show it: name another host, or take it out of the internal ones", h.Origin.HostHeader, internal)
 				}
 				if internal.Covers(h.Host) {
-					check.Fail(at+"host", "%s is internal (%s) and cannot be public: take it out of one of the lists", h.Host, internal)
+					check.Fail(at+"host", "%s is internal (%s, line %d) and cannot be public: take it out of one of the lists", h.Host, internal, internalAt(internal))
 					break
 				}
 			}
@@ -771,6 +784,18 @@ func (c *Config) Warnings() []string {
 	}
 	if len(c.Hosts) == 0 {
 		out = append(out, "there are no hosts: every request is answered 404")
+	}
+	for _, p := range public {
+		if len(c.Cloudflare.Zones) > 0 && !slices.ContainsFunc(c.Cloudflare.Zones, func(z ZoneConfig) bool {
+			return string(p.Host) == string(z.Name) || strings.HasSuffix(string(p.Host), "."+string(z.Name))
+		}) {
+			out = append(out, fmt.Sprintf("%s is in none of cloudflare.zones: nobody makes a DNS record for it", p.Host))
+		}
+	}
+	for _, h := range c.Cloudflare.Adopt {
+		if !slices.ContainsFunc(public, func(p PublicHost) bool { return p.Host == h }) {
+			out = append(out, fmt.Sprintf("%s is in cloudflare.adopt and is no public host: there is nothing to take over for", h))
+		}
 	}
 	for _, h := range c.Hosts {
 		if h.Origin.InsecureSkipVerify {

@@ -1,7 +1,9 @@
 package tunnel
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"sync"
@@ -33,7 +35,11 @@ type exchange struct {
 	path    string
 	request io.ReadCloser // nil for no body
 
-	cut atomic.Bool // its visitor is banned by now
+	// ctx is that of the request to the origin service: it ends with the visitor,
+	// with the exchange, and when that is cut.
+	ctx    context.Context
+	cancel context.CancelFunc
+	cut    atomic.Bool // its visitor is banned by now
 
 	// Under of.mu.
 	next, prev *exchange
@@ -48,9 +54,11 @@ var errCut = errors.New("the visitor is banned by now")
 // begin adds an exchange, if there is room.
 func (x *exchanges) begin(req *http.Request, in *incoming) (e *exchange, ok bool) {
 	e = &exchange{of: x, in: in, path: req.URL.Path}
+	e.ctx, e.cancel = context.WithCancel(req.Context())
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.n >= mostExchanges {
+		e.cancel()
 		return nil, false
 	}
 	x.n++
@@ -63,6 +71,7 @@ func (x *exchanges) begin(req *http.Request, in *incoming) (e *exchange, ok bool
 
 // end takes the exchange off the list, once.
 func (e *exchange) end() {
+	defer e.cancel()
 	e.of.mu.Lock()
 	defer e.of.mu.Unlock()
 	if e.ended {
@@ -79,6 +88,41 @@ func (e *exchange) end() {
 		e.of.first = e.next
 	}
 	e.next, e.prev = nil, nil
+}
+
+// roundTrip has the origin service answer. A transport that is told to stop may
+// wait for the next piece of an upload all the same, and who is banned need not
+// send one: it is left behind, and ends with the visitor's stream.
+func (e *exchange) roundTrip(by http.RoundTripper, out *http.Request) (*http.Response, error) {
+	if e.request == nil {
+		return by.RoundTrip(out)
+	}
+	type answer struct {
+		res *http.Response
+		err error
+	}
+	answers := make(chan answer, 1)
+	go func() {
+		var a answer
+		defer func() {
+			if v := recover(); v != nil {
+				a = answer{err: fmt.Errorf("panic: %v", v)}
+			}
+			answers <- a
+		}()
+		a.res, a.err = by.RoundTrip(out)
+	}()
+	select {
+	case a := <-answers:
+		return a.res, a.err
+	case <-e.ctx.Done():
+		go func() {
+			if a := <-answers; a.res != nil {
+				_ = a.res.Body.Close()
+			}
+		}()
+		return nil, e.ctx.Err()
+	}
 }
 
 // answered hands over the response's body and returns what to read instead of
@@ -117,7 +161,7 @@ func (e *exchange) Read(p []byte) (int, error) {
 
 // Close ends the response, and the exchange with it.
 func (e *exchange) Close() error {
-	e.end()
+	defer e.end() // after the response, whose connection may serve another
 	return e.response.Close()
 }
 
@@ -181,6 +225,7 @@ func (g *Gate) recheck(e *exchange) {
 	g.refusals.line("stream cut", append([]any{
 		"layer", "tunnel", "reason", "stream", "address", e.in.addr.String(), "host", shortened(e.in.host), "path", shortened(e.path),
 	}, g.provenance(verdict, e.in.country)...)...)
+	e.cancel()
 	if response != nil {
 		go response.Close() // over TLS it may have to wait for a write
 	}

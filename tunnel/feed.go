@@ -35,6 +35,7 @@ type feed struct {
 type told struct {
 	Pulls, Fulls, Doubts uint64
 	Failures             uint64 // pulls that brought nothing
+	Trouble              string // why the last one did; empty if it did not
 	Last, LastFull       time.Time
 	Skipped              map[string]uint64
 }

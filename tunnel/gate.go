@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"context"
 	"errors"
 	"html/template"
 	"log/slog"
@@ -12,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/internal/decision"
 	"github.com/edgeward/edgeward/internal/lapi"
 )
@@ -94,10 +96,11 @@ func (g *Gate) Apply(c Config) error {
 
 // Pulled takes in how a pull of the decision stream ended.
 func (g *Gate) Pulled(err error) {
-	if err != nil {
-		g.feed.mu.Lock()
-		defer g.feed.mu.Unlock()
+	g.feed.mu.Lock()
+	defer g.feed.mu.Unlock()
+	if g.feed.told.Trouble = ""; err != nil {
 		g.feed.told.Failures++
+		g.feed.told.Trouble = daemon.OneLine(err)
 	}
 }
 
@@ -192,7 +195,7 @@ func (g *Gate) pass(set *setup, tunnel string, req *http.Request) (res *http.Res
 			return g.answer(set, req, e.banned(set)), label, nil
 		}
 	}
-	out := in.outgoing(req, to)
+	out := in.outgoing(e.ctx, req, to)
 	if out.Body != nil && out.Body != http.NoBody {
 		e.request = out.Body
 		out.Body = upload{e}
@@ -200,7 +203,7 @@ func (g *Gate) pass(set *setup, tunnel string, req *http.Request) (res *http.Res
 	if set.signer != nil {
 		in.set(IdentityHeader, set.signer.Sign(g.clock.wall(), in.scheme, in.addr, out.Method, out.Host))
 	}
-	res, err = to.origin.transport(in.upgrade).RoundTrip(out)
+	res, err = e.roundTrip(to.origin.transport(in.upgrade), out)
 	switch {
 	case err == nil:
 	case e.cut.Load():
@@ -313,8 +316,8 @@ func (g *Gate) provenance(v decision.Verdict, country string) []any {
 }
 
 // outgoing is the request as the origin service gets it.
-func (in *incoming) outgoing(req *http.Request, to *route) *http.Request {
-	out := req.WithContext(req.Context()) // a copy
+func (in *incoming) outgoing(ctx context.Context, req *http.Request, to *route) *http.Request {
+	out := req.WithContext(ctx) // a copy
 	out.URL = &url.URL{
 		Scheme: to.to.Scheme, Host: to.to.Host,
 		Path: req.URL.Path, RawPath: req.URL.RawPath, RawQuery: req.URL.RawQuery, ForceQuery: req.URL.ForceQuery,

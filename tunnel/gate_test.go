@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -657,7 +658,7 @@ func TestWebSocket(t *testing.T) {
 // way with services of both protocols: all of it ends at once, and nobody else's.
 func TestBansCutWhatIsUnderWay(t *testing.T) {
 	arrived := make(chan string)
-	left := make(chan struct{})
+	gone := make(chan string, 16) // services that were told to stop before they had answered
 	service := httptest.NewUnstartedServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		control := http.NewResponseController(rw)
 		_ = control.EnableFullDuplex()
@@ -673,14 +674,15 @@ func TestBansCutWhatIsUnderWay(t *testing.T) {
 		case "/stream": // answers while it hears
 			_ = control.Flush()
 			_, _ = io.Copy(rw, r.Body)
-		case "/upload": // hears all before it answers
+		case "/upload", "/stalled": // hears all before it answers
+			_, _ = r.Body.Read(make([]byte, 1))
 			arrived <- r.URL.Path
 			_, _ = io.Copy(io.Discard, r.Body)
-		case "/late": // answers when it is too late
-			wait := left
+			gone <- r.URL.Path
+		case "/late": // does not answer
 			arrived <- r.URL.Path
-			<-wait
-			fmt.Fprint(rw, "a secret")
+			<-r.Context().Done()
+			gone <- r.URL.Path
 		}
 	}))
 	service.Config.Protocols = new(http.Protocols)
@@ -691,7 +693,6 @@ func TestBansCutWhatIsUnderWay(t *testing.T) {
 	for _, http2 := range []string{"false", "true"} {
 		w := newWorld(t, lapiSection+oneTunnel+`hosts: [{host: app.example.com, service: "`+service.URL+`", origin: {http2: `+http2+`}}]`+"\n")
 		w.pull(true)
-		left = make(chan struct{})
 		const banned, other = "203.0.113.66", "203.0.113.7"
 		type end struct {
 			path, from string
@@ -705,10 +706,11 @@ func TestBansCutWhatIsUnderWay(t *testing.T) {
 			if upload {
 				visitor, body := io.Pipe()
 				leave = append(leave, visitor)
-				req.Method, req.Body, req.ContentLength = "POST", visitor, -1
+				// Over QUIC, to close a body ends no read of it.
+				req.Method, req.Body, req.ContentLength = "POST", io.NopCloser(visitor), -1
 				go func() {
 					for {
-						if _, err := body.Write(make([]byte, 4<<10)); err != nil {
+						if _, err := body.Write(make([]byte, 4<<10)); err != nil || path == "/stalled" {
 							return
 						}
 						time.Sleep(time.Millisecond)
@@ -716,13 +718,14 @@ func TestBansCutWhatIsUnderWay(t *testing.T) {
 				}()
 			}
 			ready := make(chan struct{})
+			late := path == "/upload" || path == "/stalled" || path == "/late"
 			go func() {
 				res, err := w.gate.For("home").RoundTrip(req)
 				if err != nil {
 					ends <- end{path, from, 0, err}
 					return
 				}
-				if path != "/upload" && path != "/late" {
+				if !late {
 					_, _ = res.Body.Read(make([]byte, 1))
 					close(ready)
 				}
@@ -730,7 +733,7 @@ func TestBansCutWhatIsUnderWay(t *testing.T) {
 				res.Body.Close()
 				ends <- end{path, from, res.StatusCode, err}
 			}()
-			if path == "/upload" || path == "/late" {
+			if late {
 				<-arrived
 			} else {
 				<-ready
@@ -739,17 +742,16 @@ func TestBansCutWhatIsUnderWay(t *testing.T) {
 		for _, path := range []string{"/events", "/download", "/late"} {
 			open(path, banned, false)
 		}
-		for _, path := range []string{"/stream", "/upload"} {
+		for _, path := range []string{"/stream", "/upload", "/stalled"} {
 			open(path, banned, true)
 		}
 		open("/events", other, false)
 		w.pull(false, row(1, banned, "ban", "cscli"))
-		close(left)
-		for range 5 {
+		for range 6 {
 			select {
 			case e := <-ends:
 				// What had no answer yet gets the same as a new request.
-				late := e.path == "/upload" || e.path == "/late"
+				late := e.path == "/upload" || e.path == "/stalled" || e.path == "/late"
 				if e.from != banned || late && (e.status != 403 || e.err != nil) || !late && (e.status != 200 || e.err == nil) {
 					t.Errorf("http2 %s: %s of %s ends with %d, %v", http2, e.path, e.from, e.status, e.err)
 				}
@@ -757,21 +759,31 @@ func TestBansCutWhatIsUnderWay(t *testing.T) {
 				t.Fatalf("http2 %s: something of a banned visitor goes on; the log is %s", http2, w.logs)
 			}
 		}
+		for _, l := range leave { // as the connector does with the stream of a request that is over
+			l.Close()
+		}
+		for range 3 {
+			select {
+			case <-gone:
+			case <-time.After(10 * time.Second):
+				t.Fatalf("http2 %s: a service goes on with what a banned visitor asked", http2)
+			}
+		}
 		select {
 		case e := <-ends:
 			t.Errorf("%s of another visitor ends with %v", e.path, e.err)
 		case <-time.After(50 * time.Millisecond):
 		}
-		if n := strings.Count(w.logs.String(), "stream cut"); n != 5 {
+		if n := w.gate.exchanges.n; n != 1 {
+			t.Errorf("%d exchanges are remembered, want the other visitor's", n)
+		}
+		if n := strings.Count(w.logs.String(), "stream cut"); n != 6 {
 			t.Errorf("%d lines say that something was cut: %s", n, w.logs)
 		}
 		w.pull(false, row(2, other, "ban", "cscli"))
 		<-ends
 		if n := w.gate.exchanges.n; n != 0 || w.gate.exchanges.first != nil {
 			t.Errorf("%d exchanges are remembered", n)
-		}
-		for _, l := range leave {
-			l.Close()
 		}
 	}
 }
@@ -879,21 +891,64 @@ func TestWhy(t *testing.T) {
 	w := newWorld(t, gateConfig)
 	w.pull(true, row(1, "203.0.113.0/24", "captcha", "CAPI"), row(2, "203.0.113.66", "ban", "crowdsec"),
 		row(3, "198.51.100.1", "throttle", "crowdsec"))
-	y := w.gate.Why(netip.MustParseAddr("203.0.113.66"))
+	y := w.gate.Why(netip.MustParseAddr("203.0.113.66"), "")
 	if y.Verdict != "ban" || len(y.Decisions) != 2 || y.Decisions[0].ID != 2 || !y.Decisions[0].Enforced {
 		t.Errorf("%+v", y)
 	}
 	if want := "its requests are answered 403 until " + w.clock().Add(time.Hour).Format(time.DateTime); y.Says != want {
 		t.Errorf("why says %q, want %q", y.Says, want)
 	}
-	if y := w.gate.Why(netip.MustParseAddr("198.51.100.1")); y.Verdict != "throttle" || !strings.HasPrefix(y.Says, "30 of its requests a minute pass, and more are answered 429 until ") {
+	if y := w.gate.Why(netip.MustParseAddr("198.51.100.1"), ""); y.Verdict != "throttle" || !strings.HasPrefix(y.Says, "30 of its requests a minute pass, and more are answered 429 until ") {
 		t.Errorf("%+v", y)
 	}
-	if y := w.gate.Why(netip.MustParseAddr("203.0.113.99")); y.Verdict != "allow" || len(y.Decisions) != 1 || y.Decisions[0].Because != "the address is in decisions.allow" {
+	if y := w.gate.Why(netip.MustParseAddr("203.0.113.99"), ""); y.Verdict != "allow" || len(y.Decisions) != 1 || y.Decisions[0].Because != "the address is in decisions.allow" {
 		t.Errorf("%+v", y)
 	}
-	if y := w.gate.Why(netip.MustParseAddr("192.0.2.1")); y.Says != "no decision holds it" {
+	if y := w.gate.Why(netip.MustParseAddr("192.0.2.1"), ""); y.Says != "no decision holds it" {
 		t.Errorf("%+v", y)
+	}
+}
+
+// TestWhyKnowsAllReasons has visitors who are refused for more than a decision on
+// their address.
+func TestWhyKnowsAllReasons(t *testing.T) {
+	const closed = lapiSection + oneTunnel + "hosts: [{host: app.example.com, service: http://app, fail: closed}]\n"
+	w := newWorld(t, closed)
+	country := row(7, "NL", "ban", "cscli")
+	country.Scope = "Country"
+	w.pull(true, country)
+	visitor := netip.MustParseAddr("192.0.2.1")
+	if y := w.gate.Why(visitor, ""); y.Verdict != "allow" || y.Says != "no decision holds it; there are decisions on visitors from NL: name the country of this one with --country" {
+		t.Errorf("without a country: %+v", y)
+	}
+	if y := w.gate.Why(visitor, "de"); y.Verdict != "allow" || y.Says != "no decision holds it" {
+		t.Errorf("of another country: %+v", y)
+	}
+	if y := w.gate.Why(visitor, "nl"); y.Verdict != "ban" || len(y.Decisions) != 1 || y.Decisions[0].Country != "NL" || !y.Decisions[0].Enforced {
+		t.Errorf("of the country: %+v", y)
+	}
+	if s := w.gate.Status(nil); len(s.Countries) != 1 || s.Countries[0].Country != "NL" || s.Countries[0].Remediation != "ban" {
+		t.Errorf("the status has the countries %+v", s.Countries)
+	}
+	w.wait(11 * time.Minute)
+	if y := w.gate.Why(visitor, "de"); !strings.Contains(y.Says, "hosts that fail closed are refused with 503") {
+		t.Errorf("with old decisions: %+v", y)
+	}
+	if err := w.gate.Apply(w.parse("mode: observe\n" + closed)); err != nil {
+		t.Fatal(err)
+	}
+	w.pull(true, country)
+	if y := w.gate.Why(visitor, "nl"); y.Decisions[0].Enforced || y.Decisions[0].Because != "counted, and not enforced: the mode is observe" {
+		t.Errorf("an observer: %+v", y)
+	}
+	// A LAPI that answers nonsense does not answer.
+	w.gate.Pulled(errors.New("pull decisions: the answer is 500"))
+	if s := w.gate.Status(nil).LAPI; s.Answering || s.Error != "pull decisions: the answer is 500" {
+		t.Errorf("after a pull that failed: %+v", s)
+	}
+	w.gate.Pulled(nil)
+	if s := w.gate.Status(nil).LAPI; !s.Answering || s.Error != "" {
+		t.Errorf("after one that did not: %+v", s)
 	}
 }
 
@@ -919,7 +974,7 @@ func FuzzIdentity(f *testing.F) {
 		if err != nil || in.addr != want.Unmap() && !pseudo.Contains(want) {
 			t.Fatalf("the visitor is %v, vouched for %q", in.addr, vouched)
 		}
-		out := in.outgoing(req, &route{to: Service{"http", "origin"}})
+		out := in.outgoing(req.Context(), req, &route{to: Service{"http", "origin"}})
 		for name, values := range out.Header {
 			flat := http.CanonicalHeaderKey(strings.ReplaceAll(name, "_", "-"))
 			switch flat {
@@ -987,7 +1042,7 @@ func TestJumpOfTheClock(t *testing.T) {
 		if !strings.Contains(w.logs.String(), "until="+until) {
 			t.Errorf("after a jump by %v the log is %s, want until %s", jump, w.logs, until)
 		}
-		if y := w.gate.Why(netip.MustParseAddr("203.0.113.66")); len(y.Decisions) != 1 || !y.Decisions[0].Until.Equal(w.wall().Add(time.Hour)) {
+		if y := w.gate.Why(netip.MustParseAddr("203.0.113.66"), ""); len(y.Decisions) != 1 || !y.Decisions[0].Until.Equal(w.wall().Add(time.Hour)) {
 			t.Errorf("after a jump by %v: %+v", jump, y)
 		}
 		if s := w.gate.Status(nil).LAPI; !s.Answering || !s.LastPull.Equal(w.wall()) {
@@ -1035,7 +1090,7 @@ func BenchmarkIdentity(b *testing.B) {
 	b.ReportAllocs()
 	for range b.N {
 		in, _ := read(req)
-		out := in.outgoing(req, to)
+		out := in.outgoing(req.Context(), req, to)
 		out.Header[IdentityHeader] = []string{set.signer.Sign(w.clock(), in.scheme, in.addr, out.Method, out.Host)}
 	}
 }

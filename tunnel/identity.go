@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -71,23 +72,36 @@ func NewSigner(c IdentityConfig) (*Signer, error) {
 		return nil, nil
 	}
 	s := &Signer{}
-	for _, f := range []struct {
-		key  string
-		file config.File
-	}{{"identity.keyFile", c.KeyFile}, {"identity.previousKeyFile", c.PreviousKeyFile}} {
-		if f.file == "" {
-			continue
-		}
-		secret, err := f.file.Read()
-		if err == nil {
-			err = checkKey(secret)
-		}
+	for _, f := range c.keys() {
+		secret, err := f.read()
 		if err != nil {
-			return nil, fmt.Errorf("read %s: %w", f.key, err)
+			return nil, err
 		}
 		s.add([]byte(secret.Reveal()))
 	}
 	return s, nil
+}
+
+// keyFile is one of the files that hold a key.
+type keyFile struct {
+	key  string // in the configuration
+	file config.File
+}
+
+func (c IdentityConfig) keys() []keyFile {
+	return slices.DeleteFunc([]keyFile{{"identity.keyFile", c.KeyFile}, {"identity.previousKeyFile", c.PreviousKeyFile}},
+		func(f keyFile) bool { return f.file == "" })
+}
+
+func (f keyFile) read() (config.Secret, error) {
+	secret, err := f.file.Read()
+	if err != nil {
+		return config.Secret{}, fmt.Errorf("read %s: %w", f.key, err)
+	}
+	if err := checkKey(secret); err != nil {
+		return config.Secret{}, fmt.Errorf("read %s: %s: %w", f.key, f.file, err)
+	}
+	return secret, nil
 }
 
 // add makes s sign with one more key.

@@ -61,12 +61,15 @@ func readPage(file config.File) (*template.Template, error) {
 	if len(text) > longestPage {
 		return nil, fmt.Errorf("read ban.pageFile: %s is over 1 MiB: make it smaller", file)
 	}
+	if len(bytes.TrimSpace(text)) == 0 {
+		return nil, fmt.Errorf("read ban.pageFile: %s is empty: leave the key out for the page that is built in", file)
+	}
 	page, err := template.New("page").Parse(string(text))
 	if err == nil {
 		err = page.Execute(io.Discard, refusal{Status: 403, Reason: "test", Address: "192.0.2.1", Decision: 1})
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read ban.pageFile: %w", err)
+		return nil, fmt.Errorf("read ban.pageFile: %s: %w", file, err)
 	}
 	return page, nil
 }

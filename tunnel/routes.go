@@ -186,18 +186,19 @@ func (r *routes) origin(h *HostConfig, before *routes) (*origin, error) {
 	}
 	o, err := newOrigin(key)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read origin.caFile: %s %w", h.Origin.CAFile, err)
 	}
 	r.origins[key] = o
 	return o, nil
 }
 
+// newOrigin makes connections; its one error is of the authority.
 func newOrigin(key originKey) (*origin, error) {
 	secure := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: key.serverName, InsecureSkipVerify: key.insecure}
 	if key.ca != (config.Secret{}) {
 		secure.RootCAs = x509.NewCertPool()
 		if !secure.RootCAs.AppendCertsFromPEM([]byte(key.ca.Reveal())) {
-			return nil, errors.New("read origin.caFile: no PEM certificate in it")
+			return nil, errors.New("holds no PEM certificate")
 		}
 	}
 	dialer := &net.Dialer{Timeout: key.connect, KeepAlive: 30 * time.Second}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -74,6 +75,8 @@ type Status struct {
 	Hosts   []HostInfo `json:"hosts"`
 	// Decisions are the live ones on addresses that count here.
 	Decisions []Count `json:"decisions"`
+	// Countries are the live ones on countries that count here.
+	Countries []Country `json:"countries,omitempty"`
 	// Cloudflare is what was found and done through the API.
 	Cloudflare any `json:"cloudflare,omitempty"`
 	// Trouble says why the configuration in force is not the file's; empty if
@@ -87,8 +90,18 @@ type LAPIStatus struct {
 	LastPull     time.Time         `json:"lastPull,omitzero"`
 	LastFullPull time.Time         `json:"lastFullPull,omitzero"`
 	Skipped      map[string]uint64 `json:"skipped,omitempty"`
-	// Answering is false where no pull has come in for three intervals.
-	Answering bool `json:"answering"`
+	// Answering is false where the last pull failed, or none has come in for
+	// three intervals; Error says why.
+	Answering bool   `json:"answering"`
+	Error     string `json:"error,omitempty"`
+}
+
+// Country is a decision on all visitors from a country.
+type Country struct {
+	Country     string    `json:"country"` // two letters
+	Remediation string    `json:"remediation"`
+	Origin      string    `json:"origin"`
+	Until       time.Time `json:"until"`
 }
 
 // HostInfo is a host as it is routed.
@@ -115,12 +128,12 @@ func (g *Gate) Status(links []Link) Status {
 	c := g.setup.Load().config
 	told := g.feed.knows()
 	s := Status{
-		Version: Version, Mode: c.Mode, Since: g.clock.shown(g.began), Ready: "yes", Links: links, Hosts: []HostInfo{}, Decisions: g.feed.tally(),
+		Version: Version, Mode: c.Mode, Since: g.clock.shown(g.began), Ready: "yes", Links: links, Hosts: []HostInfo{}, Decisions: g.feed.tally(), Countries: g.countries(),
 	}
 	if c.hasLAPI {
 		s.LAPI = LAPIStatus{
 			URL: c.LAPI.URL, LastPull: g.clock.shown(told.Last), LastFullPull: g.clock.shown(told.LastFull), Skipped: told.Skipped,
-			Answering: g.clock.now().Sub(told.Last) < 3*c.LAPI.Interval+c.LAPI.Timeout,
+			Answering: told.Trouble == "" && g.clock.now().Sub(told.Last) < 3*c.LAPI.Interval+c.LAPI.Timeout, Error: told.Trouble,
 		}
 	}
 	for _, h := range c.Hosts {
@@ -154,9 +167,25 @@ func Ready(links []Link) error {
 	return fmt.Errorf("no connection to the edge is registered: %s", strings.Join(why, "; "))
 }
 
+// countries are the live decisions on countries.
+func (g *Gate) countries() []Country {
+	var out []Country
+	s, now := g.feed.seen.Load(), g.clock.now()
+	for _, name := range slices.Sorted(maps.Keys(s.countries)) {
+		for _, v := range s.countries[name] {
+			if v.Until.After(now) {
+				out = append(out, Country{name, v.Remediation.Name(), originOf(v.Origin, v.Scenario), g.clock.shown(v.Until)})
+			}
+		}
+	}
+	return out
+}
+
 // Why is the whole answer to why requests of a visitor are treated as they are.
 type Why struct {
 	Address netip.Addr `json:"address"`
+	// Country is the one that was asked about, empty for none.
+	Country string `json:"country,omitempty"`
 	// Verdict is allow, throttle, captcha or ban, and Says the same as a
 	// sentence.
 	Verdict   string   `json:"verdict"`
@@ -164,10 +193,11 @@ type Why struct {
 	Decisions []Holder `json:"decisions"`
 }
 
-// Holder is a live decision that holds the address.
+// Holder is a live decision that holds the address, or its country.
 type Holder struct {
 	ID          int          `json:"id"`
-	Prefix      netip.Prefix `json:"prefix"`
+	Prefix      netip.Prefix `json:"prefix"`            // zero for a country
+	Country     string       `json:"country,omitempty"` // that is decided on
 	Remediation string       `json:"remediation"`
 	Type        string       `json:"type"`
 	Origin      string       `json:"origin"`
@@ -178,29 +208,41 @@ type Holder struct {
 	Because string `json:"because,omitempty"`
 }
 
-// Why tells what applies to an address. It knows nothing of countries: only the
-// edge can tell which one an address is in.
-func (g *Gate) Why(addr netip.Addr) Why {
+// Why tells what applies to an address in a country. Only the edge can tell which
+// country that is; where it is empty, the answer names those that are decided on.
+func (g *Gate) Why(addr netip.Addr, country string) Why {
 	addr = addr.Unmap().WithZone("")
+	country = strings.ToUpper(country)
 	c := g.setup.Load().config
 	s := g.feed.seen.Load()
 	now := g.clock.now()
 	policy := c.policy()
-	verdict := s.view.Lookup(s.table, addr, now)
-	w := Why{Address: addr, Verdict: verdict.Remediation.Name(), Decisions: []Holder{}}
+	verdict := s.lookup(addr, country, now)
+	w := Why{Address: addr, Country: country, Verdict: verdict.Remediation.Name(), Decisions: []Holder{}}
 	every := decision.NewView(s.table, decision.Policy{Fallback: policy.Fallback})
 	allowed := decision.Contains(policy.Allow, addr.AsSlice())
-	for _, v := range every.Holders(s.table, addr, now) {
+	holders := every.Holders(s.table, addr, now)
+	for _, v := range s.countries[country] {
+		if v.Until.After(now) {
+			holders = append(holders, v)
+		}
+	}
+	for _, v := range holders {
 		class := decision.Class{Type: v.Type, Origin: v.Origin, Scenario: v.Scenario, Remediation: v.Remediation}
 		h := Holder{
 			ID: v.ID, Prefix: v.Prefix, Remediation: v.Remediation.Name(), Type: v.Type, Origin: originOf(v.Origin, v.Scenario),
 			Scenario: v.Scenario, Until: g.clock.shown(v.Until), Enforced: true,
+		}
+		if !v.Prefix.IsValid() {
+			h.Country = country
 		}
 		switch {
 		case allowed:
 			h.Enforced, h.Because = false, "the address is in decisions.allow"
 		case !policy.Accept(class):
 			h.Enforced, h.Because = false, "left out by configuration"
+		case c.Mode == Observe:
+			h.Enforced, h.Because = false, "counted, and not enforced: the mode is observe"
 		}
 		w.Decisions = append(w.Decisions, h)
 	}
@@ -223,5 +265,26 @@ func (g *Gate) Why(addr netip.Addr) Why {
 		}
 		w.Says += " until " + g.clock.shown(verdict.Until).Format(time.DateTime)
 	}
+	if !c.hasLAPI || allowed || verdict.Remediation == decision.Ban {
+		return w
+	}
+	refused := "are refused"
+	if c.Mode == Observe {
+		refused = "would be refused"
+	}
+	if !s.pulled.IsZero() && s.stale(now, c.Decisions.MaxAge) && slices.ContainsFunc(c.Hosts, func(h HostConfig) bool { return h.Fail == "closed" && h.Exposure == Public }) {
+		w.Says += fmt.Sprintf("; but the last pull is older than decisions.maxAge, so that requests for hosts that fail closed %s with 503", refused)
+	}
+	if names := slices.Compact(names(g.countries())); country == "" && len(names) > 0 {
+		w.Says += fmt.Sprintf("; there are decisions on visitors from %s: name the country of this one with --country", strings.Join(names, ", "))
+	}
 	return w
+}
+
+func names(countries []Country) []string {
+	var out []string
+	for _, c := range countries {
+		out = append(out, c.Country)
+	}
+	return out
 }

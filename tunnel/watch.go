@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/edgeward/edgeward/internal/config"
+	"github.com/edgeward/edgeward/internal/daemon"
 )
 
 // Watcher keeps what is in force in step with a configuration file and the files
@@ -28,6 +29,8 @@ type Watcher struct {
 	// thousand peers apart costs more than to see that nothing changed.
 	text   []byte
 	parsed Config
+	good   bool // something was applied whole
+	asked  bool // for this turn, by Reload: what is still wrong is said again
 
 	mu      sync.Mutex
 	seen    [sha256.Size]byte // what was applied last, or refused last
@@ -97,6 +100,7 @@ func (w *Watcher) Run(ctx context.Context) error {
 			return nil
 		case <-ticker.C:
 		case <-w.now:
+			w.asked = true
 			w.mu.Lock()
 			w.seen = [sha256.Size]byte{}
 			w.mu.Unlock()
@@ -121,13 +125,17 @@ func (w *Watcher) turn(ctx context.Context) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	before := w.trouble
+	if w.asked {
+		w.asked, before = false, ""
+	}
+	w.good = w.good || err == nil
 	w.pause = max(w.every, min(2*w.pause, longestPause))
 	if sum != w.seen || err == nil {
 		w.pause = w.every
 	}
 	w.trouble, w.seen, w.again = "", sum, time.Now().Add(w.pause)
 	if err != nil {
-		w.trouble = err.Error()
+		w.trouble = daemon.OneLine(err)
 	}
 	var problems config.Problems
 	switch {
@@ -138,10 +146,12 @@ func (w *Watcher) turn(ctx context.Context) {
 		}
 	case !read:
 		w.log.Error("cannot read the configuration, keeping the last good one", "err", err)
+	case err != nil && !w.good:
+		w.log.Error("cannot apply all of the configuration, trying again", "err", err)
 	case err != nil:
 		w.log.Error("cannot apply all of the configuration, what was good before stays", "err", err)
 	default:
-		w.log.Info("configuration applied", "hosts", len(c.Hosts), "tunnels", len(c.Tunnels), "peers", len(c.Peers))
+		w.log.Info("configuration accepted", "hosts", len(c.Hosts), "tunnels", len(c.Tunnels), "peers", len(c.Peers))
 	}
 }
 

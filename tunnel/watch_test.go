@@ -42,10 +42,10 @@ func TestWatcher(t *testing.T) {
 			t.Errorf("%s: applied %d times, trouble %q, logged %s", what, applied, w.Trouble(), logs)
 		}
 	}
-	turn("at the start", 1, "", "configuration applied")
+	turn("at the start", 1, "", "configuration accepted")
 	turn("nothing new", 0, "", "")
 	write(token, "two")
-	turn("another token", 1, "", "configuration applied")
+	turn("another token", 1, "", "configuration accepted")
 	if err := os.Remove(token); err != nil {
 		t.Fatal(err)
 	}
@@ -59,15 +59,17 @@ func TestWatcher(t *testing.T) {
 	}
 	refuse = nil
 	write(token, "three")
-	turn("a token again", 1, "", "configuration applied")
+	turn("a token again", 1, "", "configuration accepted")
 	write(path, "tunnels: []\nhostes: []\n")
 	turn("wrong", 0, "tunnels: is missing", "keeping the last good one")
 	if n := strings.Count(logs.String(), "\n"); n != 2 {
 		t.Errorf("two mistakes are %d lines: %s", n, logs)
 	}
 	turn("still wrong, said once", 0, "tunnels: is missing", "")
+	w.asked = true // by Reload
+	turn("still wrong, and somebody asks", 0, "tunnels: is missing", "keeping the last good one")
 	write(path, "tunnels: [{name: a, tokenFile: "+token+"}]\n")
-	turn("right again", 1, "", "configuration applied")
+	turn("right again", 1, "", "configuration accepted")
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}

@@ -104,7 +104,7 @@ var errDrained = errors.New("the connector has been drained")
 func (c *Connector) Apply(ctx context.Context, credentials Credentials, settings Settings) error {
 	settings, err := settings.check()
 	if err != nil {
-		return fmt.Errorf("apply settings of tunnel %s: %w", c.name, err)
+		return fmt.Errorf("apply settings: %w", err)
 	}
 	c.applying.Lock()
 	defer c.applying.Unlock()
@@ -130,7 +130,7 @@ func (c *Connector) Apply(ctx context.Context, credentials Credentials, settings
 				next.end()
 				c.forget(next)
 			}()
-			return fmt.Errorf("replace the connections of tunnel %s: %w", c.name, err)
+			return fmt.Errorf("replace the connections: %w", err)
 		}
 	}
 	var done []*session // with serving

@@ -142,7 +142,8 @@ func TestMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(open(dir), "192.0.2.0/24", false)
-	full := open(filepath.Join(dir, "missing"))
+	check(open(filepath.Join(dir, "made", "for", "it")), "192.0.2.0/24", false)
+	full := open(filepath.Join(dir, memoryFile, "sub")) // below a file
 	full.setQUIC("192.0.2.0/24", false)
 	full.setQUIC("198.51.100.0/24", false)
 	check(full, "192.0.2.0/24", true)

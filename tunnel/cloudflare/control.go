@@ -106,7 +106,7 @@ func (l *link) control(ctx context.Context, stream io.ReadWriteCloser) error {
 	if l.slot == 0 && !details.TunnelIsRemotelyManaged {
 		call, cancel := context.WithTimeout(ctx, s.pace.rpc)
 		if err := service.SendLocalConfiguration(call, []byte(localConfiguration)); err != nil {
-			s.log.Debug("local configuration not taken", "error", err)
+			s.log.Debug("local configuration not taken", "err", err)
 		}
 		cancel()
 	}
@@ -174,7 +174,7 @@ func (l *link) keep(ctx context.Context, conn *rpc.Conn, service pogs.Registrati
 			call, cancel := context.WithTimeout(ctx, s.pace.rpc)
 			defer cancel()
 			if err := service.UnregisterConnection(call); err != nil {
-				s.log.Debug("connection not unregistered", "connection", l.slot, "error", err)
+				s.log.Debug("connection not unregistered", "connection", l.slot, "err", err)
 			}
 			close(l.unregistered)
 			return nil

@@ -106,6 +106,9 @@ func (a *addresses) find(ctx context.Context) (*edgediscovery.Edge, error) {
 func (s *session) dial(slot int, address netip.AddrPort) (*link, error) {
 	network := networkTowards(address)
 	t, err := s.transport(address, network)
+	if unanswered(err) {
+		return nil, fmt.Errorf("%w: may this machine reach port %d of the edge, by UDP for quic and by TCP for http2?", err, address.Port())
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -113,6 +116,13 @@ func (s *session) dial(slot int, address netip.AddrPort) (*link, error) {
 		transport: t, session: s, slot: slot, address: address, network: network, library: libraryLog(s.log),
 		unregistered: make(chan struct{}), released: make(chan struct{}), ended: make(chan struct{}),
 	}, nil
+}
+
+// unanswered reports whether an edge was not reached at all, as behind a firewall.
+func unanswered(err error) bool {
+	var timeout net.Error
+	return errors.As(err, &timeout) && timeout.Timeout() || errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENETUNREACH) ||
+		errors.Is(err, unix.EHOSTUNREACH) || errors.Is(err, unix.EPERM)
 }
 
 // transport makes the encrypted connection of a link.
@@ -161,7 +171,7 @@ func (s *session) transport(address netip.AddrPort, network string) (transport, 
 					begin()
 				} else if len(failures) == running {
 					cancel()
-					return transport{}, errors.Join(failures...)
+					return transport{}, fmt.Errorf("%w; %w", failures[0], failures[1]) // one line
 				}
 				continue
 			}

@@ -54,7 +54,7 @@ func (l *link) exchange(w connection.ResponseWriter, r *http.Request, websocket 
 	response, err := c.handler.RoundTrip(r)
 	if err != nil {
 		if r.Context().Err() == nil {
-			c.log.Debug("request failed", "host", r.Host, "error", err)
+			c.log.Debug("request failed", "host", r.Host, "err", err)
 		}
 		return fmt.Errorf("serve request: %w", err)
 	}

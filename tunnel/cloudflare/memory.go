@@ -42,6 +42,11 @@ func NewMemory(dir string, log *slog.Logger) *Memory {
 		return m
 	}
 	m.file = filepath.Join(dir, memoryFile)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		log.Warn("memory of networks not kept: the state directory cannot be made", "err", err)
+		m.failed = true // as has been said
+		return m
+	}
 	text, err := os.ReadFile(m.file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return m
@@ -53,7 +58,7 @@ func NewMemory(dir string, log *slog.Logger) *Memory {
 		err = json.Unmarshal(text, &kept)
 	}
 	if err != nil {
-		log.Warn("memory of networks not read", "file", m.file, "error", err)
+		log.Warn("memory of networks not read", "file", m.file, "err", err)
 		return m
 	}
 	for network, since := range kept.QUICBlocked {
@@ -112,9 +117,12 @@ func (m *Memory) write() {
 		if err = os.WriteFile(fresh, append(text, '\n'), 0o600); err == nil {
 			err = os.Rename(fresh, m.file)
 		}
+		if err != nil {
+			_ = os.Remove(fresh) // half of it, on a disk that is full
+		}
 	}
 	if err != nil && !m.failed {
-		m.log.Warn("memory of networks not kept: the next start may take a second longer", "error", err)
+		m.log.Warn("memory of networks not kept: the next start may take a second longer", "err", err)
 	}
 	m.failed = err != nil
 }

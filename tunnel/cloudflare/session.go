@@ -220,10 +220,12 @@ func (s *session) report(slot int, err error, lost, refused bool) {
 	s.note(slot, func(c *Connection) {
 		known = slices.ContainsFunc(s.held, func(o Connection) bool { return o.Refused })
 		c.Error, c.Refused = message, refused
-		c.Attempts++
+		if !lost { // what follows a loss is the first attempt
+			c.Attempts++
+		}
 		attempts = c.Attempts
 	})
-	log := s.log.With("connection", slot, "attempts", attempts, "error", message)
+	log := s.log.With("connection", slot, "attempts", attempts, "err", message)
 	switch {
 	case refused && !known:
 		log.Error("tunnel refused", "mend", "give it the tunnel's present token or credentials; if the tunnel was deleted, make it anew")

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -226,12 +227,19 @@ func (c *client) try(ctx context.Context, call call) (envelope, error) {
 	if resp.StatusCode >= 500 {
 		return envelope{}, fmt.Errorf("the API answers %d: %s", resp.StatusCode, says)
 	}
+	if slices.ContainsFunc(answer.Errors, func(c code) bool { return c.Code == noRoute }) && strings.HasPrefix(call.path, "/accounts/") {
+		says += ": is cloudflare.account the id of the account?"
+	}
 	refused := &refusal{status: resp.StatusCode, codes: answer.Errors, says: "Cloudflare refuses: " + says}
 	if tokenRefused(refused) {
 		refused.says = fmt.Sprintf("Cloudflare refuses the token in %s: %s: it must be valid and have %s", call.token, says, call.needs)
 	}
 	return envelope{}, refused
 }
+
+// noRoute is the code by which Cloudflare says that there is no such path, as with
+// an account that there is not.
+const noRoute = 7003
 
 // tokenRefused reports whether it is the token that is wrong, not the request.
 func tokenRefused(r *refusal) bool {

@@ -161,7 +161,7 @@ func (k *Keeper) conclude(r Report, err error) {
 			continue
 		}
 		level := slog.LevelInfo
-		if h.State == Conflict || h.State == Refused || len(h.Notes) > 0 {
+		if h.State == Conflict || h.State == Refused || h.State == Unknown {
 			level = slog.LevelWarn
 		}
 		k.log.Log(context.Background(), level, "state of a host", "host", h.Host, "state", string(h.State), "says", h.Says, "notes", h.Notes)

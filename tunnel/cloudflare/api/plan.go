@@ -427,7 +427,7 @@ func (h *decide) keep() {
 		conflict("has a record of type %s, made by others: delete it, and the host is made", h.blocking)
 		return
 	case target == "" && !h.making[tunnel]:
-		h.host.State, h.host.Says = Unknown, fmt.Sprintf("the id of tunnel %q is not known", tunnel)
+		h.host.State, h.host.Says = Unknown, NoID(tunnel)
 		return
 	case h.cname == nil, adopt, len(h.mine) > 0 && h.madeIt():
 	case len(h.mine) > 0:
@@ -463,6 +463,9 @@ func (h *decide) keep() {
 		h.deleteRecords(h.mine[1:])
 	}
 }
+
+// NoID is what is said of a host whose tunnel's id is not known.
+func NoID(tunnel string) string { return fmt.Sprintf("the id of tunnel %q is not known", tunnel) }
 
 // madeIt reports whether the alias of a host that is ours is as we would have
 // made it: it leads to a tunnel of ours, or to any with our comment on it. Others
