@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -31,26 +32,7 @@ func commands() *cobra.Command {
 			RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd.Context(), path, role) },
 		},
 		cleanupCommand(&path, &role),
-		&cobra.Command{
-			Use: "check", Short: "Check the configuration, and change nothing", Args: cobra.NoArgs,
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				c, err := tunnel.Load(path)
-				if err != nil {
-					return err
-				}
-				fmt.Fprintf(cmd.OutOrStdout(), "%s: ok\n", path)
-				warnings := c.Warnings()
-				if c.HasVPN() {
-					for _, f := range c.VPN().Leftover() {
-						warnings = append(warnings, fmt.Sprintf("%s is the preshared key of no peer: remove it if it is not to be used again", f))
-					}
-				}
-				for _, w := range warnings {
-					fmt.Fprintf(cmd.OutOrStdout(), "warning: %s\n", w)
-				}
-				return nil
-			},
-		},
+		checkCommand(&path, &role),
 		&cobra.Command{
 			Use: "status", Short: "Show tunnels, connections and hosts, and the VPN", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
@@ -58,19 +40,71 @@ func commands() *cobra.Command {
 				return ask(cmd, path, "/v1/status", nil, &s, statusTable)
 			},
 		},
-		&cobra.Command{
-			Use: "why ADDR", Short: "Show what applies to a visitor's address, and why", Args: cobra.ExactArgs(1),
-			RunE: func(cmd *cobra.Command, args []string) error {
-				addr, err := netip.ParseAddr(args[0])
-				if err != nil {
-					return fmt.Errorf("%q: want an address such as 192.0.2.1 or 2001:db8::1", args[0])
-				}
-				var w tunnel.Why
-				return ask(cmd, path, "/v1/why", url.Values{"address": {addr.String()}}, &w, whyTable)
-			},
-		},
+		whyCommand(&path),
 	)
 	return root
+}
+
+// whyCommand is the verb that explains a verdict.
+func whyCommand(path *string) *cobra.Command {
+	var country string
+	command := &cobra.Command{
+		Use: "why ADDR", Short: "Show what applies to a visitor's address, and why", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			addr, err := netip.ParseAddr(args[0])
+			if err != nil {
+				return fmt.Errorf("%q: want an address such as 192.0.2.1 or 2001:db8::1", args[0])
+			}
+			if country != "" && len(country) != 2 {
+				return fmt.Errorf("%q: want the two letters of a country", country)
+			}
+			var w tunnel.Why
+			return ask(cmd, *path, "/v1/why", url.Values{"address": {addr.String()}, "country": {country}}, &w, whyTable)
+		},
+	}
+	command.Flags().StringVar(&country, "country", "", "two letters of the visitor's country, which only Cloudflare knows")
+	return command
+}
+
+// checkCommand is the verb that checks a configuration before it is run.
+func checkCommand(path *string, role *roles) *cobra.Command {
+	var noFiles bool
+	command := &cobra.Command{
+		Use: "check", Short: "Check the configuration and the files that it names, and change nothing", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := tunnel.Load(*path)
+			if err != nil {
+				return err
+			}
+			role, err := role.of(*path, &c)
+			if err != nil {
+				return err
+			}
+			if !noFiles {
+				err = errors.Join(c.CheckFiles(role.cloudflare, role.wireguard, func(t tunnel.TunnelConfig) error {
+					if _, err := fromFile(t); err != nil {
+						return fmt.Errorf("tunnel %s: %w", t.Name, err)
+					}
+					return nil
+				})...)
+			}
+			if err == nil {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s: ok\n", *path)
+			}
+			warnings := c.Warnings()
+			if role.wireguard && !noFiles {
+				for _, f := range c.VPN().Leftover() {
+					warnings = append(warnings, fmt.Sprintf("%s is the preshared key of no peer: remove it if it is not to be used again", f))
+				}
+			}
+			for _, w := range warnings {
+				fmt.Fprintf(cmd.OutOrStdout(), "warning: %s\n", w)
+			}
+			return err
+		},
+	}
+	command.Flags().BoolVar(&noFiles, "no-files", false, "do not read the files that the configuration names: they are on another machine")
+	return command
 }
 
 // ask puts a question to the running program and shows the answer.
@@ -163,6 +197,9 @@ func publicTable(w io.Writer, s *tunnel.Status) {
 		line("lapi", "%s, answering, last pull %s", s.LAPI.URL, command.Ago(s.LAPI.LastPull))
 	default:
 		line("lapi", "%s, not answering, last pull %s", s.LAPI.URL, command.Ago(s.LAPI.LastPull))
+		if s.LAPI.Error != "" {
+			line("", "%s", s.LAPI.Error)
+		}
 	}
 	fmt.Fprintf(w, "\nTUNNEL\tCONNECTION\tSTATE\tPROTOCOL\tLOCATION\tSINCE\n")
 	for _, l := range s.Links {
@@ -184,6 +221,12 @@ func publicTable(w io.Writer, s *tunnel.Status) {
 	for _, d := range s.Decisions {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%d\n", d.Origin, d.Remediation, d.IPType, d.Count)
 	}
+	if len(s.Countries) > 0 {
+		fmt.Fprintf(w, "\nCOUNTRY\tREMEDIATION\tORIGIN\tUNTIL\n")
+		for _, c := range s.Countries {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", c.Country, c.Remediation, c.Origin, c.Until.Format(time.DateTime))
+		}
+	}
 }
 
 func whyTable(w io.Writer, y tunnel.Why) {
@@ -193,7 +236,11 @@ func whyTable(w io.Writer, y tunnel.Why) {
 		if !d.Enforced {
 			because = d.Because
 		}
-		fmt.Fprintf(w, "decision %d\t%v\t%s\t%s\t%s\tuntil %s\t%s\n", d.ID, d.Prefix, d.Remediation, d.Origin, d.Scenario,
+		on := d.Prefix.String()
+		if d.Country != "" {
+			on = "country " + d.Country
+		}
+		fmt.Fprintf(w, "decision %d\t%s\t%s\t%s\t%s\tuntil %s\t%s\n", d.ID, on, d.Remediation, d.Origin, d.Scenario,
 			d.Until.Format(time.DateTime), because)
 	}
 }

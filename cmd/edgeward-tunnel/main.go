@@ -83,5 +83,5 @@ func run(ctx context.Context, path string, role roles) error {
 			tasks = append(tasks, socket)
 		}
 	}
-	return daemon.Run(ctx, daemon.Options{Log: log, Reload: watcher.Reload, Grace: c.Drain.LameDuck + c.Drain.Grace + drainMargin}, tasks...)
+	return daemon.Run(ctx, daemon.Options{Log: log, Reload: all.reload, Grace: c.Drain.LameDuck + c.Drain.Grace + drainMargin}, tasks...)
 }

@@ -126,6 +126,7 @@ type connectors struct {
 	wish    *tunnel.Config     // the last one
 	newer   context.CancelFunc // of what is done for an older one; nil for nothing
 	trouble string             // why the last wish is not fulfilled
+	said    string             // the trouble that was logged last
 	tunnels map[string]*holder
 	drain   time.Duration
 	leaving sync.WaitGroup // connectors of tunnels that are no longer wished for
@@ -137,6 +138,7 @@ type holder struct {
 	connector *cloudflare.Connector
 	wanted    int
 	trouble   string // why it could not be made what it should be
+	refused   bool   // the trouble is that the edge refuses the credentials
 }
 
 func newConnectors(gate *tunnel.Gate, records *records, c *tunnel.Config, log *slog.Logger) *connectors {
@@ -209,14 +211,18 @@ func (c *connectors) follow(ctx context.Context) {
 		}
 		last = wish
 		c.mu.Lock()
-		before := c.trouble
 		if c.trouble = ""; err != nil {
-			c.trouble = err.Error()
+			c.trouble = daemon.OneLine(err)
 		}
+		news := c.trouble != c.said
+		c.said = c.trouble
 		c.mu.Unlock()
 		if err != nil {
-			if err.Error() != before {
-				c.log.Error("cannot apply all of the configuration, what was good before stays", "component", "tunnel", "err", err)
+			if news {
+				c.log.Error("not all tunnels are as configured: what they had stays, and the rest is tried again", "component", "tunnel", "err", err)
+			}
+			if allRefused(err) {
+				pause = longestAgain // the edge has said its last word; another token is news
 			}
 			again.Reset(pause)
 			pause = min(2*pause, longestAgain)
@@ -224,6 +230,23 @@ func (c *connectors) follow(ctx context.Context) {
 			again.Stop()
 		}
 	}
+}
+
+// allRefused reports whether nothing went wrong but that the edge refuses
+// credentials.
+func allRefused(err error) bool {
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		return !slices.ContainsFunc(all.Unwrap(), func(err error) bool { return !errors.Is(err, cloudflare.ErrRefused) })
+	}
+	return false
+}
+
+// repeat has what is wrong logged again, if it still is at the next turn: somebody
+// has asked.
+func (c *connectors) repeat() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.said = ""
 }
 
 // troubled says why the last wish is not fulfilled; empty if it is.
@@ -236,7 +259,7 @@ func (c *connectors) troubled() string {
 // apply brings the connectors into step with a configuration. What one of them
 // lacks does not stop the others, and leaves its connections as they were.
 func (c *connectors) apply(ctx context.Context, next *tunnel.Config) error {
-	roots, err := trusted(next)
+	roots, err := next.Edge.Roots()
 	if err != nil {
 		return err
 	}
@@ -302,9 +325,7 @@ func (c *connectors) renew() {
 // connect brings one connector into step.
 func (c *connectors) connect(ctx context.Context, h *holder, next *tunnel.Config, t tunnel.TunnelConfig, roots *x509.CertPool) error {
 	credentials, err := c.credentials(ctx, t)
-	if err != nil {
-		err = fmt.Errorf("tunnel %s: %w", t.Name, err)
-	} else {
+	if err == nil {
 		err = h.connector.Apply(ctx, credentials, cloudflare.Settings{
 			Protocol: cloudflare.Protocol(t.Protocol), Trailers: next.NeedsTrailers(t.Name), Connections: t.Connections,
 			Edge: next.Edge.Addresses, Region: next.Edge.Region, RootCAs: roots,
@@ -313,8 +334,10 @@ func (c *connectors) connect(ctx context.Context, h *holder, next *tunnel.Config
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	h.refused = errors.Is(err, cloudflare.ErrRefused)
 	if h.trouble = ""; err != nil {
-		h.trouble = err.Error()
+		h.trouble = daemon.OneLine(err)
+		err = fmt.Errorf("tunnel %s: %w", t.Name, err)
 	}
 	return err
 }
@@ -322,19 +345,8 @@ func (c *connectors) connect(ctx context.Context, h *holder, next *tunnel.Config
 // credentials reads a tunnel's: from the file that is named, or else from the
 // API, by the tunnel's name.
 func (c *connectors) credentials(ctx context.Context, t tunnel.TunnelConfig) (cloudflare.Credentials, error) {
-	if t.CredentialsFile != "" {
-		secret, err := t.CredentialsFile.Read()
-		if err != nil {
-			return cloudflare.Credentials{}, fmt.Errorf("read credentialsFile: %w", err)
-		}
-		return cloudflare.ParseCredentials([]byte(secret.Reveal()))
-	}
-	if t.TokenFile != "" {
-		secret, err := t.TokenFile.Read()
-		if err != nil {
-			return cloudflare.Credentials{}, fmt.Errorf("read tokenFile: %w", err)
-		}
-		return cloudflare.ParseToken([]byte(secret.Reveal()))
+	if t.CredentialsFile+t.TokenFile != "" {
+		return fromFile(t)
 	}
 	token, err := c.records.keeper.Token(ctx, t.Name)
 	if err != nil {
@@ -343,21 +355,21 @@ func (c *connectors) credentials(ctx context.Context, t tunnel.TunnelConfig) (cl
 	return cloudflare.ParseToken([]byte(token))
 }
 
-// trusted are the authorities that verify the edge; nil stands for the system's
-// and Cloudflare's.
-func trusted(c *tunnel.Config) (*x509.CertPool, error) {
-	if c.Edge.CAFile == "" {
-		return nil, nil
+// fromFile reads the credentials of a tunnel from the file that is named.
+func fromFile(t tunnel.TunnelConfig) (cloudflare.Credentials, error) {
+	key, file, parse := "tokenFile", t.TokenFile, cloudflare.ParseToken
+	if t.CredentialsFile != "" {
+		key, file, parse = "credentialsFile", t.CredentialsFile, cloudflare.ParseCredentials
 	}
-	text, err := c.Edge.CAFile.Read()
+	secret, err := file.Read()
 	if err != nil {
-		return nil, fmt.Errorf("read edge.caFile: %w", err)
+		return cloudflare.Credentials{}, fmt.Errorf("read %s: %w", key, err)
 	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM([]byte(text.Reveal())) {
-		return nil, errors.New("read edge.caFile: no PEM certificate in it")
+	credentials, err := parse([]byte(secret.Reveal()))
+	if err != nil {
+		return cloudflare.Credentials{}, fmt.Errorf("read %s: %s: %w", key, file, err)
 	}
-	return pool, nil
+	return credentials, nil
 }
 
 // Run follows the wishes until the end and then drains all tunnels side by side.
@@ -396,6 +408,9 @@ func (c *connectors) links() []tunnel.Link {
 			Drains: s.Totals.Drained, Registrations: s.Totals.Registered, Lost: s.Totals.Lost, Recycled: s.Totals.Recycled,
 			Connections: []tunnel.Connection{},
 		}
+		if h.refused { // while connections serve that were made with those before
+			l.Refused, l.Trouble = cmp.Or(l.Refused, h.trouble), ""
+		}
 		if s.Tunnel != [16]byte{} {
 			l.ID = s.Tunnel.String()
 		}
@@ -430,7 +445,7 @@ type records struct {
 func newRecords(c *tunnel.Config, log *slog.Logger) *records {
 	// It is told what to do when the configuration is applied, and not before.
 	r := &records{keeper: api.New(api.Settings{}, api.Product+tunnel.Version, log.With("component", "cloudflare"))}
-	r.loop = reconcile.New(reconcile.Config{Name: "cloudflare", Turn: r.turn, Interval: c.Cloudflare.Interval, Limit: 5 * time.Minute, Retry: 5 * time.Second, LongestRetry: 5 * time.Minute, Log: log})
+	r.loop = reconcile.New(reconcile.Config{Name: "cloudflare", Turn: r.turn, Interval: c.Cloudflare.Interval, Limit: 5 * time.Minute, Retry: 5 * time.Second, LongestRetry: time.Minute, Log: log})
 	return r
 }
 

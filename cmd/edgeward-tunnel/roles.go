@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/tunnel"
+	"github.com/edgeward/edgeward/tunnel/cloudflare/api"
 	"github.com/edgeward/edgeward/tunnel/wireguard/gateway"
 )
 
@@ -112,22 +112,26 @@ type standing struct {
 	Version string `json:"version"`
 	Role    string `json:"role"`
 	Ready   string `json:"ready"` // "yes", or why not
+	// Trouble is all that is wrong, but for what has a place of its own in the
+	// rest; empty for nothing.
 	Trouble string `json:"trouble,omitempty"`
 	*tunnel.Status
 	VPN *gateway.Report `json:"vpn,omitempty"`
 }
 
 func (p *process) standing() standing {
-	s := standing{Version: tunnel.Version, Role: p.role.String(), Ready: "yes", Trouble: p.watcher.Trouble()}
+	s := standing{Version: tunnel.Version, Role: p.role.String(), Ready: "yes"}
 	if err := p.ready(); err != nil {
-		s.Ready = err.Error()
+		s.Ready = daemon.OneLine(err)
 	}
+	troubles := []string{p.watcher.Trouble()}
 	if p.public != nil {
 		status := p.public.gate.Status(p.public.connectors.links())
-		s.Trouble = cmp.Or(s.Trouble, p.public.connectors.troubled())
+		troubles = append(troubles, p.public.connectors.troubled())
 		if p.public.records.on() {
 			report := p.public.records.keeper.Report()
 			status.Cloudflare = report
+			troubles = append(troubles, wrong(report)...)
 			for _, t := range report.Tunnels {
 				if at := slices.IndexFunc(status.Links, func(l tunnel.Link) bool { return l.Tunnel == t.Name }); at >= 0 {
 					status.Links[at].Note = t.Says
@@ -138,10 +142,23 @@ func (p *process) standing() standing {
 	}
 	if p.vpn != nil {
 		report := p.vpn.Report()
-		s.Trouble = cmp.Or(s.Trouble, report.Problem)
+		troubles = append(troubles, report.Problem)
 		s.VPN = &report
 	}
+	s.Trouble = strings.Join(slices.DeleteFunc(troubles, func(t string) bool { return t == "" }), "; ")
 	return s
+}
+
+// wrong is what the last turn at Cloudflare could not do, and what it found that
+// only the operator can mend.
+func wrong(r api.Report) []string {
+	out := []string{strings.ReplaceAll(r.Error, "\n", "; ")}
+	for _, h := range r.Hosts {
+		if h.State == api.Conflict || h.State == api.Refused {
+			out = append(out, h.Host+" "+h.Says)
+		}
+	}
+	return out
 }
 
 // answers are what the command line may ask.
@@ -153,7 +170,7 @@ func (p *process) answers() daemon.Answers {
 			if err != nil {
 				return nil, err
 			}
-			return p.public.gate.Why(addr), nil
+			return p.public.gate.Why(addr, query.Get("country")), nil
 		}
 	}
 	if p.vpn != nil {
@@ -167,9 +184,17 @@ func (p *process) answers() daemon.Answers {
 // file, has it read at once.
 func (p *process) orders() daemon.Orders {
 	return daemon.Orders{"/v1/reload": func(url.Values, string) (any, error) {
-		p.watcher.Reload()
+		p.reload()
 		return struct{}{}, nil
 	}}
+}
+
+// reload has the file read now, and says again what is wrong.
+func (p *process) reload() {
+	if p.public != nil {
+		p.public.connectors.repeat()
+	}
+	p.watcher.Reload()
 }
 
 // inForce is a metric of all roles.

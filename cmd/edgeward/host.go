@@ -93,17 +93,24 @@ func plan(cmd *cobra.Command, c tunnel.Config) error {
 		for _, write := range c.Writes {
 			fmt.Fprintln(w, write)
 		}
+		said := map[string]bool{} // why a tunnel is not known, of its hosts too
 		for _, t := range c.Tunnels {
 			if t.Says != "" {
 				fmt.Fprintf(w, "note: tunnel %s: %s\n", t.Name, t.Says)
+				said[api.NoID(t.Name)] = true
 			}
 		}
 		for _, h := range c.Hosts {
 			for _, says := range remarks(h) {
+				if said[says] {
+					continue
+				}
 				fmt.Fprintf(w, "note: %s: %s\n", h.Host, says)
 			}
 		}
-		if n := len(c.Writes); n == 0 {
+		if n := len(c.Writes); n == 0 && failed != nil {
+			fmt.Fprintln(w, "nothing to write is known, as not all could be read")
+		} else if n == 0 {
 			fmt.Fprintln(w, "nothing to write")
 		} else if s.Desired.Policy == api.DryRun {
 			fmt.Fprintf(w, "%d writes, of which policy dry-run makes none\n", n)

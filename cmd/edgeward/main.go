@@ -52,7 +52,7 @@ func commands() *cobra.Command {
 		host,
 		peerCommands(&path),
 		&cobra.Command{
-			Use: "check", Short: "Check the configuration, and change nothing", Args: cobra.NoArgs,
+			Use: "check", Short: "Check the configuration, without the files that it names, and change nothing", Args: cobra.NoArgs,
 			RunE: on(func(cmd *cobra.Command, c tunnel.Config) error {
 				fmt.Fprintf(cmd.OutOrStdout(), "%s: ok\n", path)
 				for _, warning := range c.Warnings() {
