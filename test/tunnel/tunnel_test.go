@@ -685,6 +685,20 @@ func TestCredentialsThatAreRefused(t *testing.T) {
 	if n := strings.Count(p.logged(), "nauthorized"); n == 0 || n > 4 {
 		t.Errorf("the refusal is said %d times:\n%s", n, p.logged())
 	}
+
+	// One that is refused while the old connections serve: they go on, and all say so.
+	w.write("token", wrong.Token())
+	p.reload()
+	w.until(20*time.Second, "told", func() bool {
+		return strings.Contains(p.get("/metrics"), `edgeward_tunnel_credentials_refused{tunnel="home"} 1`)
+	})
+	if s := p.status(); s.Ready != "yes" || s.Links[0].Refused == "" || !strings.Contains(s.Trouble, "nauthorized") || strings.Contains(s.Trouble, "\n") {
+		t.Errorf("the status is %+v", s)
+	}
+	// Whoever asks for it to be tried again is told again.
+	before := strings.Count(p.logged(), "not all tunnels are as configured")
+	p.reload()
+	w.until(20*time.Second, "told again", func() bool { return strings.Count(p.logged(), "not all tunnels are as configured") == before+1 })
 }
 
 // TestFullDisk has the state directory on a disk without a free byte, and
@@ -725,6 +739,9 @@ func TestFullDisk(t *testing.T) {
 	}
 	if used := cpu(t, p) - before; used > time.Second {
 		t.Errorf("it used %v of the processor in two seconds", used)
+	}
+	if left, err := filepath.Glob(filepath.Join(disk, "*.new")); err != nil || len(left) > 0 {
+		t.Errorf("half a file is left: %v, %v", left, err)
 	}
 	if n := strings.Count(p.logged(), says); n != 1 || strings.Count(p.logged(), "\n") > lines+2 || !strings.Contains(p.logged(), "no space left on device") {
 		t.Errorf("it is said %d times:\n%s", n, p.logged())
