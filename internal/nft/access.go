@@ -18,7 +18,7 @@ type Access struct {
 	Interface string
 	// Networks are the VPN's own, with those behind peers as the caller sees fit:
 	// a packet with such a source that comes in by another interface is forged,
-	// and dropped.
+	// and dropped, as is one with such a destination that goes out by another.
 	Networks []netip.Prefix
 	// Sources are the addresses and networks of peers. Of networks that contain
 	// one another the longest prefix counts; no prefix is there twice. A packet
@@ -81,7 +81,8 @@ type Flow struct {
 // Translation sends what is for At on to To, which something answers on: an
 // address of a service that the cluster's own proxy would have to translate does
 // not work, because a connection is translated once. To may be an address of this
-// machine, but none of its loopback.
+// machine, but none of its loopback. A running connection that leads to no target of
+// its address any more ends, if that is one of Networks.
 type Translation struct {
 	At netip.Addr
 	// Proto is TCP or UDP, or zero for all that is granted at At; then there
@@ -103,20 +104,6 @@ type Applied struct {
 	Repaired bool
 }
 
-// AccessHave is what the kernel holds.
-type AccessHave struct {
-	// Present says that the table is there; all else is zero if it is not.
-	Present bool
-	// Owner and Persist are as in Have.
-	Owner, Persist bool
-	// Intact says that what the last Apply of this Conn left is still there.
-	Intact bool
-	// Generation is the number of the rules that enforce.
-	Generation uint32
-	// Ruleset is the kernel's count of changes to any table of the namespace.
-	Ruleset uint32
-}
-
 // AccessCounters are numbers of packets since the table was created.
 type AccessCounters struct {
 	// Granted are first packets of connections from peers that passed: of UDP
@@ -126,7 +113,8 @@ type AccessCounters struct {
 	Denied uint64
 	// Revoked were answers to peers on connections that are granted no more.
 	Revoked uint64
-	// Unasked were on their way into the VPN, and nobody there had asked.
+	// Unasked were on their way into the VPN, and nobody there had asked, or its
+	// interface was not there.
 	Unasked uint64
 	// Forged came by another interface with a source that belongs to the VPN.
 	Forged uint64

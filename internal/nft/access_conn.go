@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,11 +28,23 @@ type AccessConn struct {
 // are ErrPermission, ErrUnsupported and ErrOwned.
 func OpenAccess(opts Options) (*AccessConn, error) {
 	c := &AccessConn{conn: Conn{opts: opts, home: AccessTableName}}
-	if err := c.conn.connect(); err != nil {
-		return nil, err
+	for begin := time.Now(); ; time.Sleep(releaseStep) {
+		err := c.conn.connect()
+		if err == nil {
+			return c, nil
+		}
+		if !errors.Is(err, ErrOwned) || time.Since(begin) > release {
+			return nil, err
+		}
 	}
-	return c, nil
 }
+
+// A process that was killed holds the table for a moment longer, which its
+// successor need not take for an owner.
+const (
+	release     = 750 * time.Millisecond
+	releaseStep = 10 * time.Millisecond
+)
 
 // Close leaves the table as it is: it goes on enforcing without us, and while
 // nobody is there nothing more is granted.
@@ -194,7 +207,7 @@ func (c *AccessConn) change(g *grants) (changed, ok bool, err error) {
 		return changed, false, err
 	}
 	if len(gone)+len(come) > 0 {
-		return changed, true, c.remember()
+		return changed, true, c.remember(c.checked)
 	}
 	return changed, true, nil
 }
@@ -317,17 +330,22 @@ func (l *accessLayout) dropGroup(b *batch, g *group) {
 	}
 }
 
-// remember takes the table as it is for how it should be.
-func (c *AccessConn) remember() error {
-	id, err := c.conn.ruleset()
-	if err != nil {
-		return fmt.Errorf("read ruleset generation: %w", err)
-	}
+// remember takes the table as it is for how it should be, if the kernel's count of
+// changes is what we alone make it. Where others may change the table, and were at
+// work meanwhile, nobody knows whether it is, and the next Apply writes all of it.
+func (c *AccessConn) remember(count uint32) error {
 	s, err := c.conn.inspect(AccessTableName)
 	if err != nil {
 		return fmt.Errorf("read back: %w", err)
 	}
+	id, err := c.conn.ruleset()
+	if err != nil {
+		return fmt.Errorf("read ruleset generation: %w", err)
+	}
 	c.fingerprint, c.checked = s.fingerprint, id
+	if id != count && s.table.flags&tableOwner == 0 {
+		c.live = nil
+	}
 	return nil
 }
 
@@ -339,6 +357,11 @@ func (c *AccessConn) replace(g *grants) error {
 	if err != nil {
 		return err
 	}
+	id, err := c.conn.ruleset()
+	if err != nil {
+		return fmt.Errorf("read ruleset generation: %w", err)
+	}
+	told := c.conn.told
 	have, err := c.conn.inspect(AccessTableName)
 	if err != nil {
 		return err
@@ -400,7 +423,7 @@ func (c *AccessConn) replace(g *grants) error {
 		}
 	}
 	c.live, c.generation = g, l.generation
-	return c.remember()
+	return c.remember(id + c.conn.told - told)
 }
 
 // build makes all of a generation but the rules that lead to it, and what of the

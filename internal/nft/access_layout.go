@@ -2,6 +2,7 @@ package nft
 
 import (
 	"encoding/binary"
+	"slices"
 	"strconv"
 	"time"
 
@@ -27,8 +28,12 @@ import (
 //	access-answers (postrouting) → leave → to → its destination's group, backwards
 //	                                 └ revoked
 //
+// Either way a connection that was translated has to lead where it would if it were
+// opened now.
+//
 // And all else that is on its way into the VPN by outward, from the chains at
-// forward and output.
+// forward and output. What is for a peer and about to leave by another interface,
+// as while the VPN's is away, goes nowhere.
 type accessLayout struct {
 	*grants
 	generation uint32
@@ -41,6 +46,18 @@ const (
 	attemptLifetime = time.Hour // after the last packet
 	sourceLimit     = 16384
 	sourceLifetime  = 24 * time.Hour
+	// The pairs by which a source is compared are of no use after their packet.
+	pairLimit    = 16384
+	pairLifetime = 10 * time.Second
+)
+
+// What everyone may open is opened so often by each source at most: pings and
+// questions for names, each of which takes a place in the node's table of
+// connections for half a minute, and all have one.
+const (
+	paceRate     = 100 // per second
+	paceBurst    = 500
+	paceLifetime = time.Minute
 )
 
 // The totals.
@@ -84,7 +101,8 @@ var natHooks = []chain{
 }
 
 // noted are the sets into which packets write what they tried: sources alone,
-// and sources with destinations.
+// and sources with destinations; sources twice, as ownErrors tells; and sources with
+// how often they opened what everyone may.
 func noted() []set {
 	var out []set
 	for _, six := range []bool{false, true} {
@@ -102,9 +120,19 @@ func noted() []set {
 				dynamic: true, timeout: true, lifetime: attemptLifetime, size: attemptLimit,
 			})
 		}
+		out = append(out, set{
+			name: pairs(six), key: concat(addr, addr), keyLen: 2 * width,
+			dynamic: true, timeout: true, lifetime: pairLifetime, size: pairLimit,
+		}, set{
+			name: paces(six), key: addr, keyLen: width, order: orderBig,
+			dynamic: true, timeout: true, lifetime: paceLifetime, size: sourceLimit,
+		})
 	}
 	return out
 }
+
+func pairs(six bool) string { return "pairs" + familyOf(six) }
+func paces(six bool) string { return "paces" + familyOf(six) }
 
 const typeProto = 12
 
@@ -148,7 +176,10 @@ func (l *accessLayout) sets() []set {
 	for i, six := range []bool{false, true} {
 		networks := addressSet(l.name("networks"+familyOf(six)), six)
 		networks.interval, networks.spans = true, l.networks[i]
-		out = append(out, networks)
+		targets := networks
+		targets.name, targets.key, targets.keyLen = l.name("targets"+familyOf(six)), concat(networks.key, networks.key), 2*networks.keyLen
+		targets.interval, targets.spans = false, l.targets(six)
+		out = append(out, networks, targets)
 		if len(l.outward[i]) > 0 {
 			addr := networks.key
 			out = append(out, set{
@@ -201,6 +232,9 @@ func (l *accessLayout) groupChains(g *group) []chain {
 	there := chain{name: l.part("group", g.name), hook: -1, rules: []exprs{rule(isReply, l.leadTo(l.part("back", g.name)))}}
 	back := chain{name: l.part("back", g.name), hook: -1}
 	granted := l.leadTo(l.name("granted"))
+	if g.name == "" {
+		granted = l.leadTo(l.name("paced"))
+	}
 	for i, six := range []bool{false, true} {
 		for _, kind := range []struct {
 			base  string
@@ -230,7 +264,7 @@ func (l *accessLayout) groupChains(g *group) []chain {
 		back.rules = append(back.rules, rule(l.leadTo(l.part("back", ""))))
 		return []chain{there, back}
 	}
-	there.rules = append(there.rules, aboutConnections()...)
+	there.rules = append(there.rules, ownErrors(false)...)
 	return []chain{there, back}
 }
 
@@ -247,13 +281,43 @@ func elsewhere(wide, back bool) exprs {
 	return out
 }
 
-// aboutConnections lets pass what tells of trouble with a connection: that its way
-// takes no more than so many bytes, for one.
-func aboutConnections() []exprs {
-	return []exprs{
-		rule(inState(expr.CtStateBitRELATED), isProtocol(unix.IPPROTO_ICMP), accept),
-		rule(inState(expr.CtStateBitRELATED), isProtocol(unix.IPPROTO_ICMPV6), accept),
+// isError is what tells of trouble with a connection: that its way takes no more
+// than so many bytes, for one.
+func isError(six bool) []exprs {
+	var out []exprs
+	for _, kinds := range errorTypes[six] {
+		out = append(out, rule(isFamily(six), inState(expr.CtStateBitRELATED), isICMP(six, kinds[0], kinds[1])))
 	}
+	return out
+}
+
+// ownErrors lets a peer tell of trouble with connections of its own, which it
+// opened, or, asked, with those that were opened towards it. For connection
+// tracking an error belongs to the connection that it speaks of, whoever sent it;
+// so the sender has to be an end of that. The kernel cannot compare the two, but
+// can look for a pair of them where the sender has just written itself down twice.
+func ownErrors(asked bool) []exprs {
+	var out []exprs
+	for _, six := range []bool{false, true} {
+		first := address(six, true)[0].(*expr.Payload)
+		regs := registers(first.Len, first.Len)
+		again := *first
+		again.DestRegister = regs[1]
+		end := &expr.Ct{Key: expr.CtKeySRCIP, Register: regs[1], OptDirection: true, Direction: expr.CtDirOriginal}
+		if six {
+			end.Key = expr.CtKeySRCIP6
+		}
+		var when exprs
+		if asked {
+			when, end.Direction = isReply, expr.CtDirReply
+		}
+		for _, told := range isError(six) {
+			out = append(out,
+				rule(when, told, exprs{first, &again, &expr.Dynset{SrcRegKey: 1, SetName: pairs(six), Operation: unix.NFT_DYNSET_OP_UPDATE}}),
+				rule(when, told, exprs{first, end, &expr.Lookup{SourceRegister: 1, SetName: pairs(six)}}, accept))
+		}
+	}
+	return out
 }
 
 // chains are those of the generation that no group has, those that are led to
@@ -274,10 +338,20 @@ func (l *accessLayout) chains() []chain {
 	denied := chain{name: l.name("denied"), hook: -1, rules: note("denied")}
 	denied.rules = append(append(denied.rules, rule(counter(counterDenied))), refuse...)
 
+	paced := chain{name: l.name("paced"), hook: -1, rules: []exprs{rule(inState(expr.CtStateBitESTABLISHED), accept)}}
+	for _, six := range []bool{false, true} {
+		paced.rules = append(paced.rules, rule(isFamily(six), address(six, true), exprs{&expr.Dynset{
+			SrcRegKey: 1, SetName: paces(six), Operation: unix.NFT_DYNSET_OP_UPDATE,
+			Exprs: []expr.Any{&expr.Limit{Type: expr.LimitTypePkts, Rate: paceRate, Unit: expr.LimitTimeSecond, Burst: paceBurst, Over: true}},
+		}}, counter(counterDenied), drop))
+	}
+	paced.rules = append(paced.rules, rule(l.leadTo(granted.name)))
+
 	from := chain{name: l.name("from"), hook: -1}
 	if l.answers {
 		// Where it goes on into the VPN, it is judged as an answer.
-		from.rules = append(from.rules, rule(isReply, accept))
+		from.rules = append(from.rules, rule(isReply, inState(expr.CtStateBitESTABLISHED), accept))
+		from.rules = append(from.rules, ownErrors(true)...)
 	}
 	to := chain{name: l.name("to"), hook: -1}
 	for _, six := range []bool{false, true} {
@@ -292,7 +366,11 @@ func (l *accessLayout) chains() []chain {
 	// That a connection is over, or that it fails, is told to whom it was refused.
 	leave := chain{name: l.name("leave"), hook: -1, rules: []exprs{
 		rule(exprs{&expr.Verdict{Kind: expr.VerdictJump, Chain: to.name}}), rule(isReset, accept)}}
-	leave.rules = append(leave.rules, aboutConnections()...)
+	for _, six := range []bool{false, true} {
+		for _, told := range isError(six) {
+			leave.rules = append(leave.rules, rule(told, accept))
+		}
+	}
 	leave.rules = append(leave.rules, rule(counter(counterRevoked)), drop)
 
 	// This machine speaks to itself by loopback, from any of its addresses.
@@ -312,8 +390,12 @@ func (l *accessLayout) chains() []chain {
 	}
 	outward.rules = append(append(outward.rules, rule(counter(counterUnasked))), refuse...)
 
+	// While the VPN is not there, what is for its peers has no other way.
+	astray := chain{name: l.name("astray"), hook: -1, rules: []exprs{
+		rule(isInterface(expr.MetaKeyOIFNAME, "lo"), accept), rule(counter(counterUnasked)), drop}}
+
 	clamp := chain{name: l.name("clamp"), hook: -1, rules: []exprs{rule(clampMSS)}}
-	return []chain{granted, denied, from, to, enter, leave, forged, outward, clamp}
+	return []chain{granted, denied, paced, from, to, enter, leave, forged, outward, astray, clamp}
 }
 
 // hookRules are those of the chains with hooks, by name of these.
@@ -321,9 +403,16 @@ func (l *accessLayout) hookRules() map[string][]exprs {
 	comes, goes := isInterface(expr.MetaKeyIIFNAME, l.frame.Interface), isInterface(expr.MetaKeyOIFNAME, l.frame.Interface)
 	out := map[string][]exprs{
 		chainEnter:   {rule(comes, l.leadTo(l.name("enter")))},
-		chainForward: {rule(comes, exprs{&expr.Verdict{Kind: expr.VerdictJump, Chain: l.name("clamp")}}), rule(goes, l.leadTo(l.name("outward")))},
-		chainAnswers: {rule(goes, isReply, l.leadTo(l.name("leave")))},
+		chainForward: {rule(comes, exprs{&expr.Verdict{Kind: expr.VerdictJump, Chain: l.name("clamp")}})},
 	}
+	for _, six := range []bool{false, true} {
+		outdated := l.outdated(six)
+		out[chainForward] = append(out[chainForward],
+			rule(comes, isOriginal, outdated, isProtocol(unix.IPPROTO_TCP), exprs{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}),
+			rule(comes, isOriginal, outdated, exprs{&expr.Verdict{Kind: expr.VerdictDrop}}))
+		out[chainAnswers] = append(out[chainAnswers], rule(goes, isReply, outdated, exprs{&expr.Verdict{Kind: expr.VerdictDrop}}))
+	}
+	out[chainAnswers] = append(out[chainAnswers], rule(goes, isReply, l.leadTo(l.name("leave"))))
 	for _, six := range []bool{false, true} {
 		out[chainEnter] = append(out[chainEnter], rule(addressIn(six, l.name("networks"+familyOf(six)), false), l.leadTo(l.name("forged"))))
 		for _, kinds := range errorTypes[six] {
@@ -331,7 +420,14 @@ func (l *accessLayout) hookRules() map[string][]exprs {
 			out[chainOutput] = append(out[chainOutput], rule(goes, isFamily(six), isICMP(six, kinds[0], kinds[1]), accept))
 		}
 	}
+	out[chainForward] = append(out[chainForward], rule(goes, l.leadTo(l.name("outward"))))
 	out[chainOutput] = append(out[chainOutput], rule(goes, l.leadTo(l.name("outward"))))
+	for _, six := range []bool{false, true} {
+		strays := rule(isFamily(six), address(six, false), exprs{&expr.Lookup{SourceRegister: 1, SetName: l.name("networks" + familyOf(six))}}, l.leadTo(l.name("astray")))
+		for _, hook := range []string{chainForward, chainOutput} {
+			out[hook] = append(out[hook], strays)
+		}
+	}
 	for _, t := range l.frame.Translate {
 		out[chainTranslate] = append(out[chainTranslate], rule(comes, translation(t)))
 	}
@@ -339,6 +435,49 @@ func (l *accessLayout) hookRules() map[string][]exprs {
 		out[chainMask] = []exprs{rule(comes, isNotInterface(expr.MetaKeyOIFNAME, l.frame.Interface), exprs{&expr.Masq{}})}
 	}
 	return out
+}
+
+// targets are the addresses at which something is translated, with where it goes.
+func (l *accessLayout) targets(six bool) []span {
+	var out []span
+	for _, t := range l.frame.Translate {
+		if t.At.Is6() == six {
+			pair := slices.Concat(t.At.AsSlice(), t.To.AsSlice())
+			out = append(out, span{pair, pair})
+		}
+	}
+	slices.SortFunc(out, func(a, b span) int { return slices.Compare(a.from, b.from) })
+	return slices.CompactFunc(out, func(a, b span) bool { return slices.Equal(a.from, b.from) })
+}
+
+// outdated is a packet of a connection whose destination, an address of the VPN, was
+// translated to what it would not be any more. Of other addresses the cluster's proxy
+// may translate some ports, and we the rest.
+func (l *accessLayout) outdated(six bool) exprs {
+	asked := &expr.Ct{Key: expr.CtKeyDSTIP, Register: 1, OptDirection: true, Direction: expr.CtDirOriginal}
+	got := &expr.Ct{Key: expr.CtKeySRCIP, OptDirection: true, Direction: expr.CtDirReply}
+	width := uint32(4)
+	if six {
+		asked.Key, got.Key, width = expr.CtKeyDSTIP6, expr.CtKeySRCIP6, 16
+	}
+	got.Register = registers(width, width)[1]
+	return rule(isFamily(six), exprs{
+		&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, isTranslated), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+		asked, &expr.Lookup{SourceRegister: 1, SetName: l.name("networks" + familyOf(six))},
+		asked, got, &expr.Lookup{SourceRegister: 1, SetName: l.name("targets" + familyOf(six)), Invert: true},
+	})
+}
+
+// isTranslated is the bit of a connection's status that says that its destination
+// was.
+const isTranslated = 1 << 5
+
+// isOriginal is on the way on which its connection was opened.
+var isOriginal = exprs{
+	&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1},
+	&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0}},
 }
 
 func (l *accessLayout) leadTo(chain string) exprs {

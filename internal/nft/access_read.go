@@ -34,38 +34,6 @@ func (s *state) hooksAre(want []chain) bool {
 	return true
 }
 
-// Read tells what the kernel holds.
-func (c *AccessConn) Read() (AccessHave, error) {
-	c.conn.mu.Lock()
-	defer c.conn.mu.Unlock()
-	if err := c.conn.connect(); err != nil {
-		return AccessHave{}, err
-	}
-	id, err := c.conn.ruleset()
-	if err != nil {
-		return AccessHave{}, fmt.Errorf("read ruleset generation: %w", err)
-	}
-	s, err := c.conn.inspect(AccessTableName)
-	if err != nil {
-		return AccessHave{}, err
-	}
-	h := AccessHave{Ruleset: id, Present: s.table.present}
-	if !h.Present {
-		return h, nil
-	}
-	h.Owner = s.table.flags&tableOwner != 0 && s.table.owner != 0
-	h.Persist = s.table.flags&tablePersist != 0
-	if c.live != nil {
-		if h.Intact, err = c.matches(s); err != nil {
-			return AccessHave{}, err
-		}
-	}
-	if h.Intact {
-		h.Generation = c.generation
-	}
-	return h, nil
-}
-
 // count dumps a map of sources, for kernels that do not tell how many elements a
 // set has (Linux 6.14 and before). At ten thousand that takes some 0.05 s.
 func (c *AccessConn) count(set string) (int, error) {

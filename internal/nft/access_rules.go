@@ -71,13 +71,8 @@ func (g *group) equal(other *group) bool {
 		same(g.wide, other.wide) && same(g.wideEcho, other.wideEcho)
 }
 
-// Validate says what about a no kernel could do, or what makes no sense.
-func (a Access) Validate() error {
-	_, err := a.compile()
-	return err
-}
-
 // compile brings a into the form for the kernel, whatever the order of its lists.
+// It refuses what no kernel could do, or what makes no sense.
 func (a Access) compile() (*grants, error) {
 	if n := a.Interface; n == "" || len(n) >= unix.IFNAMSIZ || strings.ContainsAny(n, "*\x00/ \"") {
 		return nil, fmt.Errorf("no interface is called %q", n)
@@ -293,7 +288,6 @@ func compileGroup(name string, reach []Reach) (group, error) {
 		proto Proto
 	}
 	asked := map[key][]portRange{}
-	lengths := map[int]bool{} // of prefixes that are asked for
 	var echo, wideEcho []netip.Prefix
 	for _, r := range reach {
 		r, err := checkReach(r)
@@ -310,23 +304,36 @@ func compileGroup(name string, reach []Reach) (group, error) {
 		}
 		k := key{r.To, r.Proto}
 		asked[k] = append(asked[k], portRange{uint32(r.First), uint32(r.Last)})
-		lengths[r.To.Bits()] = true
 	}
 	out.echo[0], out.echo[1] = prefixSpans(echo)
 	out.wideEcho[0], out.wideEcho[1] = prefixSpans(wideEcho)
-	keys := slices.SortedFunc(maps.Keys(asked), func(a, b key) int { return cmp.Or(a.to.Compare(b.to), cmp.Compare(a.proto, b.proto)) })
+	// Wider networks come before those in them.
+	keys := slices.SortedFunc(maps.Keys(asked), func(a, b key) int {
+		return cmp.Or(compareSource(Source{Prefix: a.to}, Source{Prefix: b.to}), cmp.Compare(a.proto, b.proto))
+	})
+	type network struct {
+		netip.Prefix
+		ranges []portRange // with those of the networks around it
+	}
+	around := map[Proto][]network{} // those around the place that we are at, the narrowest last
 	for _, k := range keys {
+		open := around[k.proto]
+		for len(open) > 0 && !open[len(open)-1].Contains(k.to.Addr()) {
+			open = open[:len(open)-1]
+		}
 		// What a wider network grants already is not said again, but for a single
 		// address, which means this machine's too.
-		var wider []portRange
-		for bits := range lengths {
-			if bits < k.to.Bits() && !k.to.IsSingleIP() {
-				outer, _ := k.to.Addr().Prefix(bits)
-				wider = append(wider, asked[key{outer, k.proto}]...)
+		ranges := union(asked[k])
+		if all := ranges; !k.to.IsSingleIP() {
+			if len(open) > 0 {
+				wider := open[len(open)-1].ranges
+				ranges, all = subtract(ranges, wider), union(slices.Concat(wider, ranges))
 			}
+			open = append(open, network{k.to, all})
 		}
+		around[k.proto] = open
 		i := familyIndex(k.to.Addr())
-		for _, r := range subtract(union(asked[k]), union(wider)) {
+		for _, r := range ranges {
 			if k.to.IsSingleIP() && r.last-r.first < few {
 				for port := r.first; port <= r.last; port++ {
 					at := target(k.to.Addr(), k.proto, port)

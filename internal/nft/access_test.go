@@ -407,20 +407,26 @@ func (w *vpn) counters() AccessCounters {
 func TestAccessTranslate(t *testing.T) {
 	w := newVPN(t)
 	port, gw := w.inPod.Addr.Port(), w.onGateway.Addr.Port()
+	other := addr("10.42.9.9")
+	w.pod.Own(single(other))
+	w.gateway.Route(single(other), pod4)
 	// A proxy of the cluster's that would take port 53 of every address here.
 	load(t, w.gateway, `table inet services { chain p { type nat hook prerouting priority dstnat;
 		fib daddr type local udp dport 53 dnat ip to 192.0.2.99
+		ip daddr 192.0.2.50 tcp dport 81 dnat ip to `+netip.AddrPortFrom(other, port).String()+`
 		}
 		}`)
+	shared := addr("192.0.2.50") // the proxy has some of its ports, and we the others
 	a := Access{
-		Interface: "edgeward0", Networks: vpnNets,
+		Interface: "edgeward0", Networks: slices.Concat(vpnNets, []netip.Prefix{prefix("10.66.1.0/24"), prefix("fd66:0:0:1::/64")}),
 		Sources:  slices.Concat(sources("family", alice4, alice6), sources("", bob4, bob6)),
-		Groups:   []Group{{"family", slices.Concat(reaches(vip4, vip6, TCP, port-1, port+1), reaches(vip4, vip6, UDP, 80, 80), reaches(vip4, vip6, Echo, 0, 0))}},
+		Groups:   []Group{{"family", slices.Concat(reaches(vip4, vip6, TCP, port-1, port+1), reaches(vip4, vip6, UDP, 80, 80), reaches(vip4, vip6, Echo, 0, 0), []Reach{{single(shared), TCP, 80, 81}})}},
 		Everyone: slices.Concat(reaches(vpnGateway4, vpnGateway6, UDP, 53, 53)),
 		Translate: []Translation{
 			{At: vip4, To: pod4}, {At: vip6, To: pod6},
 			{At: vip4, Proto: UDP, First: 80, Last: 89, To: pod4, Port: port}, {At: vip6, Proto: UDP, First: 80, Last: 89, To: pod6, Port: port},
 			{At: vpnGateway4, Proto: UDP, First: 53, Last: 53, To: vpnGateway4, Port: gw}, {At: vpnGateway6, Proto: UDP, First: 53, Last: 53, To: vpnGateway6, Port: gw},
+			{At: shared, Proto: TCP, First: 80, Last: 80, To: pod4, Port: port},
 		},
 	}
 	w.apply(a)
@@ -428,6 +434,7 @@ func TestAccessTranslate(t *testing.T) {
 		both(w.peers, alice4, alice6, TCP, vip4, vip6, port),
 		both(w.peers, alice4, alice6, UDP, vip4, vip6, 80),
 		both(w.peers, bob4, bob6, UDP, vpnGateway4, vpnGateway6, 53),
+		[]try{{w.peers, alice4, TCP, netip.AddrPortFrom(shared, 80)}, {w.peers, alice4, TCP, netip.AddrPortFrom(shared, 81)}},
 	)
 	fail := slices.Concat(
 		both(w.peers, bob4, bob6, UDP, vip4, vip6, 80),
@@ -458,9 +465,78 @@ func TestAccessTranslate(t *testing.T) {
 		t.Errorf("the gateway heard from %v, want no more than Bob's addresses", got)
 	}
 
-	a.Masquerade, a.Translate = false, nil
+	// What runs goes on as long as it would lead to where it does, and not beyond.
+	a.Masquerade = false
 	w.apply(a)
-	if text := w.list(); strings.Contains(text, "dnat") || strings.Contains(text, " masquerade\n") {
+	var conns []net.Conn
+	for _, tr := range slices.Concat(pass[:4], both(w.peers, alice4, alice6, TCP, vip4, vip6, port)) {
+		dial := tr.ns.Dial
+		if tr.proto == UDP {
+			dial = tr.ns.DialUDP
+		}
+		c, err := dial(tr.from, tr.to)
+		if err == nil {
+			defer c.Close()
+			err = netns.Echo(c)
+		}
+		if err != nil {
+			t.Fatalf("%v: %v", tr, err)
+		}
+		conns = append(conns, c)
+	}
+	echoes := func(when string, want bool) {
+		t.Helper()
+		var wg sync.WaitGroup
+		for _, c := range conns {
+			wg.Go(func() {
+				if err := netns.Echo(c); (err == nil) != want {
+					t.Errorf("%s, %v to %v: %v", when, c.LocalAddr(), c.RemoteAddr(), err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	a.Networks = append(a.Networks, site4) // all is written anew
+	w.apply(a)
+	echoes("after the same again", true)
+	stream, err := w.peers.DialUDP(alice4, netip.AddrPortFrom(vip4, 80))
+	if err == nil {
+		defer stream.Close()
+		err = netns.Echo(stream)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.inPod.Push(netip.MustParseAddrPort(stream.LocalAddr().String()), time.Millisecond)
+	arrive := func() (n int) {
+		time.Sleep(5 * time.Millisecond) // what is on its way
+		for end := time.Now().Add(50 * time.Millisecond); ; n++ {
+			if err := stream.SetReadDeadline(end); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := stream.Read(make([]byte, 64)); err != nil || time.Now().After(end) {
+				return n
+			}
+		}
+	}
+	if arrive() < 10 {
+		t.Error("nothing is sent one way: this shows little")
+	}
+	turned := slices.Clone(a.Translate)
+	for i := range turned[:4] {
+		turned[i].To = []netip.Addr{addr("10.42.0.1"), addr("fd42::1")}[i%2]
+	}
+	a.Translate = turned
+	w.apply(a)
+	echoes("after it leads elsewhere", false)
+	arrive() // what waited to be read
+	if n := arrive(); n > 0 {
+		t.Errorf("after it leads elsewhere %d packets came one way", n)
+	}
+
+	a.Translate = nil
+	w.apply(a)
+	if text := w.list(); strings.Contains(text, " dnat ip") || strings.Contains(text, " masquerade\n") {
 		t.Error("what is translated no more still is")
 	}
 }

@@ -2,6 +2,7 @@ package nft
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -144,4 +145,50 @@ func ping(ns *netns.NS, from, to netip.Addr) error {
 		_, err = unix.Read(fd, make([]byte, 64))
 		return err
 	})
+}
+
+// accessHave is what the kernel holds.
+type accessHave struct {
+	// Present says that the table is there; all else is zero if it is not.
+	Present bool
+	// Owner and Persist are as in Have.
+	Owner, Persist bool
+	// Intact says that what the last Apply of this Conn left is still there.
+	Intact bool
+	// Generation is the number of the rules that enforce.
+	Generation uint32
+	// Ruleset is the kernel's count of changes to any table of the namespace.
+	Ruleset uint32
+}
+
+// read tells what the kernel holds.
+func (c *AccessConn) read() (accessHave, error) {
+	c.conn.mu.Lock()
+	defer c.conn.mu.Unlock()
+	if err := c.conn.connect(); err != nil {
+		return accessHave{}, err
+	}
+	id, err := c.conn.ruleset()
+	if err != nil {
+		return accessHave{}, fmt.Errorf("read ruleset generation: %w", err)
+	}
+	s, err := c.conn.inspect(AccessTableName)
+	if err != nil {
+		return accessHave{}, err
+	}
+	h := accessHave{Ruleset: id, Present: s.table.present}
+	if !h.Present {
+		return h, nil
+	}
+	h.Owner = s.table.flags&tableOwner != 0 && s.table.owner != 0
+	h.Persist = s.table.flags&tablePersist != 0
+	if c.live != nil {
+		if h.Intact, err = c.matches(s); err != nil {
+			return accessHave{}, err
+		}
+	}
+	if h.Intact {
+		h.Generation = c.generation
+	}
+	return h, nil
 }

@@ -25,6 +25,7 @@ type Conn struct {
 	sock   *socket // nil after it was lost
 	batch  batch
 	closed bool
+	told   uint32 // transactions that the kernel took from this Conn
 
 	destroys bool    // the kernel knows how to delete what may be missing
 	hold     *uint32 // the flags of a table that is ours alone; nil if not asked yet
@@ -120,7 +121,7 @@ func (c *Conn) greet() error {
 	switch err := c.sock.commit(b); {
 	case errors.Is(err, ErrUnsupported), errors.Is(err, ErrOwned):
 		// The kernel's word for a claim on what has an owner.
-		return fmt.Errorf("claim table inet %s: %w (port %d)", c.home, ErrOwned, t.owner)
+		return fmt.Errorf("claim table inet %s: %w", c.home, ErrOwned)
 	case err != nil:
 		return fmt.Errorf("claim table: %w", err)
 	}
@@ -139,6 +140,9 @@ func (c *Conn) commit() error {
 		return nil
 	}
 	err := c.sock.commit(&c.batch)
+	if err == nil {
+		c.told++
+	}
 	c.batch.reset(c.sock.next, c.sock.port)
 	return err
 }
