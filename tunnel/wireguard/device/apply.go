@@ -15,16 +15,10 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
-// Apply makes the changes. It goes on after a failure, so that what can be done
-// is; what could not is in the error, and the caller reads and compares anew.
+// apply makes the changes. It goes on after a failure, so that what can be done
+// is; what could not is in the error, and the next turn reads and compares anew.
 // Removals come first. A port that is taken is refused before it is sent, and an
 // address or route that is another's likewise: the device keeps what it has.
-func (d *Device) Apply(changes Changes) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.apply(changes)
-}
-
 func (d *Device) apply(c Changes) error {
 	var errs []error
 	try := func(err error) {
@@ -33,11 +27,20 @@ func (d *Device) apply(c Changes) error {
 		}
 	}
 	defer d.settle(c)
+	rotates := c.Rotated
+	peers := func(c Changes) {
+		if all := peerConfigs(c); len(all) > 0 {
+			if err := d.configure(wgtypes.Config{Peers: all}); err != nil {
+				try(err)
+				rotates = nil // not done, or not all of it: the next turn sees
+			}
+		}
+	}
 
 	// Kernel and wireguard-go alike stop at the first thing that they refuse. So
 	// what may be refused is not before the peers that go.
 	if len(c.Remove) > 0 && (c.PrivateKey != nil || c.ListenPort != nil) {
-		try(d.configure(wgtypes.Config{Peers: peerConfigs(Changes{Remove: c.Remove})}))
+		peers(Changes{Remove: c.Remove})
 		c.Remove = nil
 	}
 	if c.PrivateKey != nil {
@@ -55,14 +58,12 @@ func (d *Device) apply(c Changes) error {
 	if c.Add = first; !d.fresh {
 		c.Add, rest = slices.Concat(first, rest), nil
 	}
-	if peers := peerConfigs(c); len(peers) > 0 {
-		try(d.configure(wgtypes.Config{Peers: peers}))
-	}
+	peers(c)
 
 	if link, err := linkByName(d.options.Name); err != nil || link == nil {
 		try(fmt.Errorf("change interface %s: %w", d.options.Name, cmp.Or(err, error(fs.ErrNotExist))))
 	} else {
-		if err := overlaps(d.options.Name, slices.Concat(c.AddAddresses, c.AddRoutes)); err != nil {
+		if err := overlaps(d.options.Name, c.AddAddresses, c.AddRoutes); err != nil {
 			try(err)
 			c.AddAddresses, c.AddRoutes = nil, nil
 		}
@@ -76,9 +77,8 @@ func (d *Device) apply(c Changes) error {
 		try(d.callPeers())
 		d.fresh = false
 	}
-	if len(rest) > 0 {
-		try(d.configure(wgtypes.Config{Peers: peerConfigs(Changes{Add: rest})}))
-	}
+	peers(Changes{Add: rest})
+	d.rotated(rotates)
 	return errors.Join(errs...)
 }
 
@@ -190,9 +190,13 @@ func (d *Device) settle(c Changes) {
 		}
 	}
 	if d.user != nil && d.options.Alone {
-		d.limit.peers(d.memory.present)
+		d.limit.peers(d.memory.present, kernelGroups, d.log)
 	}
-	for _, r := range c.Rotated {
+}
+
+// rotated tells of rotations that are done.
+func (d *Device) rotated(all []Rotation) {
+	for _, r := range all {
 		d.log.Info("peer follows its next key", "peer", r.Name)
 		delete(d.staged, r.To)
 		if d.options.Rotated != nil {

@@ -25,56 +25,96 @@ var belongs = map[string]string{
 	"kube-ipvs0":    ", where kube-proxy keeps the addresses of services",
 }
 
-// overlaps finds what of the given networks is in use on this machine already,
+// Conflict is a network of the VPN that this machine uses otherwise already.
+type Conflict struct {
+	Network netip.Prefix // of the VPN
+	Uses    string       // what is there, such as "192.168.7.5/24, the address of lan0"
+}
+
+// Conflicts finds what of the given networks is in use on this machine already,
 // beyond the interface of that name: an address, or a route that is not the
 // default one. A route by way of a router for a network that holds one of ours
-// is no conflict: the narrower route wins, which is what routes are like.
-func overlaps(name string, networks []netip.Prefix) error {
+// is no conflict: the narrower route wins, which is what routes are like. Each
+// network is named once.
+func Conflicts(name string, networks []netip.Prefix) ([]Conflict, error) {
 	if len(networks) == 0 {
-		return nil
+		return nil, nil
 	}
-	links, err := netlink.LinkList()
+	links, err := undisturbed(netlink.LinkList)
 	if err != nil {
-		return fmt.Errorf("list interfaces: %w", err)
+		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
 	names := make(map[int]string, len(links))
 	for _, l := range links {
 		names[l.Attrs().Index] = l.Attrs().Name
 	}
-	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	addrs, err := undisturbed(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
-		return fmt.Errorf("list addresses: %w", err)
+		return nil, fmt.Errorf("list addresses: %w", err)
 	}
 	routes, err := mainRoutes(0)
 	if err != nil {
-		return fmt.Errorf("list routes: %w", err)
+		return nil, fmt.Errorf("list routes: %w", err)
 	}
-	var errs []error
+	var out []Conflict
 	for _, n := range networks {
 		n = n.Masked()
-		for _, a := range addrs {
-			p, on := prefix(a.IPNet), names[a.LinkIndex]
-			if on != name && p.IsValid() && p.Overlaps(n) {
-				errs = append(errs, fmt.Errorf("%v of the VPN overlaps %v, the address of %s%s: give the VPN another network", n, p, on, belongs[on]))
-			}
+		if uses := inUse(name, n, names, addrs, routes); uses != "" {
+			out = append(out, Conflict{n, uses})
 		}
-		for _, r := range routes {
-			p, on := prefix(r.Dst), names[r.LinkIndex]
-			if !p.IsValid() || p.Bits() == 0 || !p.Overlaps(n) || on == name || r.Type != unix.RTN_UNICAST || r.Protocol == unix.RTPROT_KERNEL {
-				continue
-			}
-			routed := r.Gw != nil || r.Via != nil || len(r.MultiPath) > 0
-			if routed && p.Bits() < n.Bits() {
-				continue
-			}
-			errs = append(errs, fmt.Errorf("%v of the VPN overlaps %v, which this machine reaches through %s%s: give the VPN another network", n, p, on, belongs[on]))
+	}
+	return out, nil
+}
+
+// undisturbed begins a dump again that changes ran into.
+func undisturbed[T any](dump func() ([]T, error)) (all []T, err error) {
+	for range 10 {
+		if all, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
 		}
+	}
+	return all, err
+}
+
+// inUse says what of a network is in use; empty for nothing.
+func inUse(name string, n netip.Prefix, names map[int]string, addrs []netlink.Addr, routes []netlink.Route) string {
+	for _, a := range addrs {
+		p, on := prefix(a.IPNet), names[a.LinkIndex]
+		if on != name && p.IsValid() && p.Overlaps(n) {
+			return fmt.Sprintf("%v, the address of %s%s", p, on, belongs[on])
+		}
+	}
+	for _, r := range routes {
+		p, on := prefix(r.Dst), names[r.LinkIndex]
+		if !p.IsValid() || p.Bits() == 0 || !p.Overlaps(n) || on == name || r.Type != unix.RTN_UNICAST || r.Protocol == unix.RTPROT_KERNEL {
+			continue
+		}
+		routed := r.Gw != nil || r.Via != nil || len(r.MultiPath) > 0
+		if routed && p.Bits() < n.Bits() {
+			continue
+		}
+		return fmt.Sprintf("%v, which this machine reaches through %s%s", p, on, belongs[on])
+	}
+	return ""
+}
+
+// overlaps is Conflicts as an error with its cure; the first are networks that the
+// device has addresses in, the others lie behind peers.
+func overlaps(name string, addresses, routes []netip.Prefix) error {
+	all, err := Conflicts(name, slices.Concat(addresses, routes))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, c := range all {
+		cure := "give the VPN another network"
+		if !slices.ContainsFunc(addresses, func(a netip.Prefix) bool { return a.Masked() == c.Network }) {
+			cure = "take it out of its peer's allowed IPs"
+		}
+		errs = append(errs, fmt.Errorf("%v of the VPN overlaps %s: %s", c.Network, c.Uses, cure))
 	}
 	return errors.Join(errs...)
 }
-
-// networks are those that the device makes its own.
-func (c Config) networks() []netip.Prefix { return slices.Concat(c.Addresses, c.Routes) }
 
 // portFree fails if something else receives on a UDP port, and says what, as far
 // as that can be seen from here.

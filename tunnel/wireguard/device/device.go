@@ -26,6 +26,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -57,6 +58,9 @@ type Options struct {
 	// key. A rotation of an earlier process is not told again; the next key then
 	// is among Peers and not Staged.
 	Rotated func(Rotation)
+	// Lost, if set, is told, from a goroutine of its own, that another hand took
+	// the interface away or down. The next Reconcile brings it back.
+	Lost func()
 	// Alone says that the process is there for this device and nothing else. Then
 	// in userspace its heap is bounded by the number of peers; the needs of
 	// others are not known here.
@@ -91,15 +95,16 @@ type Device struct {
 	port   uint16          // the last that the device is known to have had
 	fresh  bool            // in userspace and not up yet
 	call   []Peer          // peers to be called
-	staged map[Key]Peer    // wished peers with a next key, by that
+	staged map[Key]Peer    // wished peers with a next key that is not used yet, by that
+	next   map[Key]Key     // the next keys of wished peers, used or not, by the declared ones
 	routed []netip.Prefix  // what is routed to the interface
 	warned map[string]bool // what need not be said again
 
 	shown atomic.Pointer[[]PeerState] // what Peers said last
 
-	stop context.CancelFunc
-	wake chan struct{} // watch is to look soon: a key is staged
-	done chan struct{}
+	stop    context.CancelFunc
+	wake    chan struct{} // watch is to look soon: a key is staged
+	watches sync.WaitGroup
 }
 
 // client is what of wgctrl is needed.
@@ -138,25 +143,28 @@ func open(ctx context.Context, options Options, s seams) (*Device, error) {
 	}
 	d := &Device{
 		options: options, log: options.Log.With("interface", name), seams: s,
-		staged: map[Key]Peer{}, warned: map[string]bool{}, wake: make(chan struct{}, 1), done: make(chan struct{}),
+		staged: map[Key]Peer{}, next: map[Key]Key{}, warned: map[string]bool{}, wake: make(chan struct{}, 1),
 	}
 	d.shown.Store(new([]PeerState))
 	var err error
 	if d.mode, err = choose(options.Mode, s.kind); err != nil {
 		return nil, err
 	}
+	if err := Leftover(name); err != nil {
+		return nil, err
+	}
 	existing, err := d.find()
 	if err == nil && d.mode == Userspace {
 		// A TUN device that is there is either an ending process's, and goes
-		// with it and its port, or a stranger's, and is not ours to attach to.
+		// with it, or a stranger's, and is not ours to attach to.
 		err = waitGone(ctx, name)
 	}
 	if err != nil {
 		return nil, err
 	}
-	err = overlaps(name, options.Want.networks())
+	err = overlaps(name, options.Want.Addresses, options.Want.Routes)
 	if !existing {
-		err = errors.Join(err, portFree(options.Want.ListenPort))
+		err = errors.Join(err, eventually(func() error { return portFree(options.Want.ListenPort) }))
 	}
 	if err != nil {
 		return nil, err
@@ -172,7 +180,10 @@ func open(ctx context.Context, options Options, s seams) (*Device, error) {
 	d.log.Info("WireGuard device opened", "mode", d.mode, "found", existing)
 
 	ctx, d.stop = context.WithCancel(context.Background())
-	go d.watch(ctx)
+	d.watches.Go(func() { d.watch(ctx) })
+	if options.Lost != nil {
+		d.watches.Go(func() { d.watchLink(ctx) })
+	}
 	return d, nil
 }
 
@@ -286,8 +297,8 @@ func (d *Device) ensure() error {
 		d.log.Warn("interface was taken away: making it anew")
 		return d.acquire(false)
 	}
-	if !d.seams.kind.is(link) && d.mode == Kernel {
-		return fmt.Errorf("interface %s has become a %s: remove it with `ip link del %s`", d.options.Name, link.Type(), d.options.Name)
+	if d.user == nil && (d.mode == Userspace || !d.seams.kind.is(link)) {
+		return fmt.Errorf("interface %s has become a %s that is not ours: remove it with `ip link del %s`", d.options.Name, link.Type(), d.options.Name)
 	}
 	return d.socketAgain()
 }
@@ -398,9 +409,14 @@ func (d *Device) Reconcile(want Config) (Changes, error) {
 	}
 	c := Diff(have, want)
 	clear(d.staged)
+	clear(d.next)
 	for _, p := range want.Peers {
 		d.memory.name(p.PublicKey, p.Name)
-		if _, used := have.Seen[p.Next]; p.Next != (Key{}) && !used {
+		if p.Next == (Key{}) {
+			continue
+		}
+		d.next[p.PublicKey] = p.Next
+		if _, used := have.Seen[p.Next]; !used {
 			d.stage(p)
 		}
 	}
@@ -467,6 +483,7 @@ func (d *Device) Upsert(p Peer) error {
 	}
 	err := d.configure(wgtypes.Config{Peers: peerConfigs(c)})
 	d.settle(c)
+	d.follows(p)
 	d.unrouted([]Peer{p})
 	if d.user == nil || d.user.up {
 		err = errors.Join(err, d.callPeers())
@@ -474,8 +491,19 @@ func (d *Device) Upsert(p Peer) error {
 	return err
 }
 
-// Remove removes the peer with a key, and its next key with it, without reading
-// the device. That it is not there is no error.
+// follows notes the next key of one peer that was set.
+func (d *Device) follows(p Peer) {
+	// What was another's next key is a peer's own now.
+	maps.DeleteFunc(d.next, func(_, next Key) bool { return next == p.PublicKey })
+	delete(d.next, p.PublicKey)
+	if p.Next != (Key{}) {
+		d.next[p.PublicKey] = p.Next
+	}
+}
+
+// Remove removes the peer that was declared with a key, and its next key with it,
+// whether that waits or has taken over, without reading the device. That it is not
+// there is no error.
 func (d *Device) Remove(k Key) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -484,14 +512,16 @@ func (d *Device) Remove(k Key) error {
 		name = r.Name
 	}
 	c := Changes{Remove: []Removal{{name, k}}}
-	for next, p := range d.staged {
-		if p.PublicKey == k {
-			c.Remove = append(c.Remove, Removal{p.Name, next})
-			delete(d.staged, next)
-		}
+	next, rotates := d.next[k]
+	if rotates {
+		c.Remove = append(c.Remove, Removal{name, next})
+		delete(d.staged, next)
 	}
 	err := d.configure(wgtypes.Config{Peers: peerConfigs(c)})
 	d.settle(c)
+	if err == nil {
+		delete(d.next, k)
+	}
 	return err
 }
 
@@ -532,11 +562,31 @@ func (d *Device) Peers() ([]PeerState, error) {
 	return slices.Clone(all), nil
 }
 
+// Gone says of the keys that are not on the device any more how they stood when
+// they were last seen, sorted by name and key. While the device is at work there
+// are none.
+func (d *Device) Gone() []PeerState {
+	if !d.mu.TryLock() {
+		return nil
+	}
+	defer d.mu.Unlock()
+	var all []PeerState
+	for k, r := range d.memory.keys {
+		if !r.on && !r.Handshake.IsZero() {
+			all = append(all, PeerState{r.Name, k, false, r.Endpoint, r.Handshake, r.Received, r.Sent})
+		}
+	}
+	slices.SortFunc(all, func(a, b PeerState) int {
+		return cmp.Or(strings.Compare(a.Name, b.Name), bytes.Compare(a.PublicKey[:], b.PublicKey[:]))
+	})
+	return all
+}
+
 // Close lets go of the device and writes what is to be remembered. In the kernel
 // it stays as it is, peers, addresses and all; in userspace it is gone.
 func (d *Device) Close() error {
 	d.stop()
-	<-d.done
+	d.watches.Wait()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.client == nil {
@@ -553,21 +603,42 @@ func (d *Device) Close() error {
 	return err
 }
 
-// Cleanup removes what an earlier process left: the kernel's interface, if
-// edgeward made it, and what was remembered about it. What is not there is no
-// error; an interface that is somebody else's stays.
+// Cleanup removes what earlier processes left: the kernel's interfaces that
+// edgeward made, of this name and of earlier ones, and what was remembered about
+// them. What is not there is no error; an interface that is somebody else's stays.
 func Cleanup(name, stateDir string) error {
-	var errs []error
-	if link, err := linkByName(name); err != nil {
-		errs = append(errs, err)
-	} else if link != nil && link.Attrs().Alias == mark {
+	links, err := ours()
+	errs := []error{err}
+	names := []string{name}
+	for _, link := range links {
+		if is := link.Attrs().Name; is != name {
+			names = append(names, is)
+		}
 		if err := delLink(link); err != nil {
-			errs = append(errs, fmt.Errorf("remove interface %s: %w", name, rights(err)))
+			errs = append(errs, fmt.Errorf("remove interface %s: %w", link.Attrs().Name, rights(err)))
 		}
 	}
-	if stateDir != "" {
+	for _, name := range names {
+		if stateDir == "" {
+			break
+		}
 		if err := os.Remove(stateFile(stateDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("remove what is remembered: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Leftover fails if the kernel keeps an interface of ours of another name, as it
+// does when that was changed in the configuration: its peers go on, while the
+// access rules go by the name. Ask before the rules are given a new one.
+func Leftover(name string) error {
+	links, err := ours()
+	errs := []error{err}
+	for _, link := range links {
+		if is := link.Attrs().Name; is != name {
+			errs = append(errs, fmt.Errorf("interface %s is left from the time when the VPN's had that name: "+
+				"stop the gateway and run `edgeward-tunnel cleanup`, or name the interface %s again", is, is))
 		}
 	}
 	return errors.Join(errs...)

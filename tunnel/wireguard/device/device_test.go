@@ -528,6 +528,42 @@ func TestKernelStays(t *testing.T) {
 	}
 }
 
+// An interface of ours that an earlier name left is not left alone with its peers.
+func TestRenamed(t *testing.T) {
+	k, dir := newFakeKernel(t), t.TempDir()
+	want := basics(t, 3)
+	d := openFake(t, k, Options{Want: want, StateDir: dir})
+	mustReconcile(t, d, want)
+	if err := k.handshake("edgeward0", want.Peers[0].PublicKey, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := Leftover("edgeward0"); err != nil {
+		t.Errorf("of its own name: %v", err)
+	}
+	want.Addresses = prefixes("10.67.0.1/24")
+	for mode, s := range map[Mode]seams{Kernel: k.seams(), Userspace: machine} {
+		_, err := open(context.Background(), Options{Name: "edgeward1", Mode: mode, Want: want, Log: slog.New(slog.DiscardHandler)}, s)
+		if err == nil || !strings.Contains(err.Error(), "interface edgeward0 is left from the time when the VPN's had that name") {
+			t.Errorf("under another name, mode %s: %v", mode, err)
+		}
+	}
+	if link, _ := linkByName("edgeward1"); link != nil {
+		t.Error("an interface was made all the same")
+	}
+	if err := Cleanup("edgeward1", dir); err != nil {
+		t.Fatal(err)
+	}
+	if link, err := linkByName("edgeward0"); link != nil || err != nil {
+		t.Errorf("after a cleanup the interface is there: %v", err)
+	}
+	if files, err := os.ReadDir(dir); err != nil || len(files) != 0 {
+		t.Errorf("after a cleanup there are %v: %v", files, err)
+	}
+}
+
 // What stands in the way is said before anything is made.
 func TestOpenRefuses(t *testing.T) {
 	run := func(t *testing.T, args string) {
@@ -623,10 +659,25 @@ func TestTakenAway(t *testing.T) {
 	m, p := join(t, "alice", want, "10.66.0.2/32", "fd66::2/128")
 	want.Peers = append(want.Peers, p)
 	var l testLog
-	d := mustOpen(t, Options{Want: want, Log: l.logger()})
+	lost := make(chan time.Time, 10)
+	d := mustOpen(t, Options{Want: want, Log: l.logger(), Lost: func() { lost <- time.Now() }})
 	mustReconcile(t, d, want)
 	port := echo(t)
 	pings := m.ping("10.66.0.1", port)
+	run := func(args string) {
+		t.Helper()
+		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %s: %s%v", args, out, err)
+		}
+	}
+	told := func(what string) {
+		t.Helper()
+		select {
+		case <-lost:
+		case <-time.After(time.Second):
+			t.Errorf("%s: nobody was told", what)
+		}
+	}
 
 	const path = socketDir + "/edgeward0.sock"
 	info, err := os.Stat(path)
@@ -677,9 +728,7 @@ func TestTakenAway(t *testing.T) {
 	pings.end()
 
 	// The same for an address that another interface gets in the meantime.
-	if out, err := exec.Command("ip", "address", "add", "10.80.0.1/24", "dev", "lo").CombinedOutput(); err != nil {
-		t.Fatalf("%s%v", out, err)
-	}
+	run("address add 10.80.0.1/24 dev lo")
 	defer func() { _ = exec.Command("ip", "address", "del", "10.80.0.1/24", "dev", "lo").Run() }()
 	changed = want
 	changed.Addresses = append(prefixes("10.80.0.9/24"), changed.Addresses...)
@@ -687,22 +736,44 @@ func TestTakenAway(t *testing.T) {
 		t.Errorf("an address that another has: %v", err)
 	}
 
-	if out, err := exec.Command("ip", "link", "set", "edgeward0", "down").CombinedOutput(); err != nil {
-		t.Fatalf("%s%v", out, err)
+	if len(lost) > 0 {
+		t.Error("an interface is said to be lost that was there all the time")
 	}
+	run("link set edgeward0 down")
+	told("the interface was set down")
 	mustReconcile(t, d, want)
 	pings = m.ping("10.66.0.1", port)
 	pings.end()
 
-	if out, err := exec.Command("ip", "link", "del", "edgeward0").CombinedOutput(); err != nil {
-		t.Fatalf("%s%v", out, err)
-	}
+	run("link del edgeward0")
+	told("the interface was removed")
 	if c := mustReconcile(t, d, want); len(c.Add) != 6 {
 		t.Errorf("after the interface was removed: %v", c)
 	}
 	pings = m.ping("10.66.0.1", port)
 	pings.end()
 	judge(t, d, want)
+
+	// Another that takes the name is not taken for it.
+	run("link del edgeward0")
+	told("the interface was removed again")
+	run("link add edgeward0 type bridge")
+	for range 2 {
+		if _, err := d.Reconcile(want); err == nil {
+			t.Error("a stranger's interface was taken")
+		}
+	}
+	if _, err := d.Reconcile(want); err == nil || !strings.Contains(err.Error(), "interface edgeward0 has become a bridge that is not ours: remove it with `ip link del edgeward0`") {
+		t.Errorf("a stranger's interface: %v", err)
+	}
+	run("link del edgeward0")
+	mustReconcile(t, d, want)
+	judge(t, d, want)
+	_ = d.Close()
+	time.Sleep(50 * time.Millisecond)
+	if len(lost) > 0 {
+		t.Error("the end of the device is said to be a loss")
+	}
 	for _, secret := range []string{"127.0.0.1:", want.Peers[0].PublicKey.String(), hexOf(want.PrivateKey)} {
 		if strings.Contains(l.String(), secret) {
 			t.Errorf("the log holds %s:\n%s", secret, l.String())

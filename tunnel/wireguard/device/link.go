@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -90,6 +91,31 @@ func linkByName(name string) (netlink.Link, error) {
 	return link, nil
 }
 
+// ours lists the interfaces that the kernel keeps for us.
+func ours() ([]netlink.Link, error) {
+	all, err := linkList()
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(l netlink.Link) bool { return l.Attrs().Alias != mark }), nil
+}
+
+// linkList lists all interfaces. A dump that other changes ran into is begun again.
+func linkList() ([]netlink.Link, error) {
+	var all []netlink.Link
+	var err error
+	for range 5 {
+		all, err = netlink.LinkList()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	return all, nil
+}
+
 // makeKernelLink makes the kernel's interface and marks it as ours.
 func makeKernelLink(k kind, name string) error {
 	if err := k.add(name); err != nil {
@@ -117,7 +143,23 @@ func waitGone(ctx context.Context, name string) error {
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("interface %s is a TUN device of another process: end that, or choose another name for the interface", name)
-		case <-time.After(20 * time.Millisecond):
+		case <-time.After(releaseStep):
+		}
+	}
+}
+
+// A process that was killed lets go of what it held one after the other, which the
+// next one need not take for a reason to fail.
+const (
+	release     = 500 * time.Millisecond
+	releaseStep = 10 * time.Millisecond
+)
+
+// eventually tries for as long as an ending process may stand in the way.
+func eventually(try func() error) error {
+	for begin := time.Now(); ; time.Sleep(releaseStep) {
+		if err := try(); err == nil || time.Since(begin) > release {
+			return err
 		}
 	}
 }

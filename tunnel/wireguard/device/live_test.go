@@ -16,10 +16,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
 // Someone who talks through the tunnel does not notice what happens to the others,
@@ -310,6 +312,113 @@ func TestRotation(t *testing.T) {
 	}
 }
 
+// Who is removed by the key that was declared is gone, whichever key counts now.
+func TestRemoveAfterRotation(t *testing.T) {
+	want := basics(t, 3)
+	_, p := join(t, "alice", want, "10.66.0.2/32", "fd66::2/128")
+	fresh, q := join(t, "alice", want, "10.66.0.2/32", "fd66::2/128")
+	p.Next, p.NextPresharedKey = q.PublicKey, q.PresharedKey
+	want.Peers[2] = p
+	options := Options{Want: want, StateDir: t.TempDir()}
+	d := mustOpen(t, options)
+	mustReconcile(t, d, want)
+	port := echo(t)
+	gone := func(when string) {
+		t.Helper()
+		pings := fresh.ping("10.66.0.1", port)
+		if err := d.Remove(p.PublicKey); err != nil {
+			t.Fatal(err)
+		}
+		have, err := d.Have()
+		if err != nil || len(have.Peers) != 2 {
+			t.Errorf("%s: %d peers are on the device: %v", when, len(have.Peers), err)
+		}
+		time.Sleep(100 * time.Millisecond) // what is on its way
+		pings.mu.Lock()
+		before := len(pings.back)
+		pings.mu.Unlock()
+		pings.end()
+		if n := len(pings.back) - before; n > 0 {
+			t.Errorf("%s: %d pings were answered afterwards", when, n)
+		}
+	}
+	gone("after the next key took over")
+	if err := d.Upsert(p); err != nil {
+		t.Fatal(err)
+	}
+	gone("after the peer was set again")
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d = mustOpen(t, options)
+	mustReconcile(t, d, want)
+	gone("after a restart")
+
+	// Once the next key is the declared one, the old one says nothing about it.
+	mustReconcile(t, d, want)
+	q.Name = "alice"
+	if err := d.Upsert(q); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Remove(p.PublicKey); err != nil {
+		t.Fatal(err)
+	}
+	if have, err := d.Have(); err != nil || len(have.Peers) != 3 {
+		t.Errorf("%d peers are on the device: %v", len(have.Peers), err)
+	}
+}
+
+// stubborn is a device that takes no changes for a while.
+type stubborn struct {
+	client
+	refuses *atomic.Bool
+	refused *atomic.Int32
+}
+
+func (s stubborn) ConfigureDevice(name string, c wgtypes.Config) error {
+	if s.refuses.Load() {
+		s.refused.Add(1)
+		return errors.New("refused on purpose")
+	}
+	return s.client.ConfigureDevice(name, c)
+}
+
+// A rotation that the device refuses is not told of until it is done, which is
+// tried again.
+func TestRotationRefused(t *testing.T) {
+	want := basics(t, 3)
+	_, p := join(t, "alice", want, "10.66.0.2/32", "fd66::2/128")
+	fresh, q := join(t, "alice", want, "10.66.0.2/32", "fd66::2/128")
+	p.Next, p.NextPresharedKey = q.PublicKey, q.PresharedKey
+	want.Peers[2] = p
+	rotated := make(chan Rotation, 10)
+	var l testLog
+	d := mustOpen(t, Options{Want: want, Rotated: func(r Rotation) { rotated <- r }, Log: l.logger()})
+	mustReconcile(t, d, want)
+	s := stubborn{d.client, new(atomic.Bool), new(atomic.Int32)}
+	s.refuses.Store(true)
+	d.mu.Lock()
+	d.client = s
+	d.mu.Unlock()
+	port := echo(t)
+	answered := make(chan *pings, 1)
+	go func() { answered <- fresh.ping("10.66.0.1", port) }()
+	for s.refused.Load() < 3 {
+		time.Sleep(20 * time.Millisecond)
+	}
+	if len(rotated) > 0 || strings.Contains(l.String(), "follows") {
+		t.Errorf("a rotation that was refused is told of:\n%s", l.String())
+	}
+	s.refuses.Store(false)
+	(<-answered).end()
+	if r := <-rotated; r != (Rotation{"alice", p.PublicKey, q.PublicKey}) {
+		t.Errorf("told of %+v", r)
+	}
+	if c := mustReconcile(t, d, want); !c.Empty() {
+		t.Errorf("a turn after it changes: %v", c)
+	}
+}
+
 // It takes CAP_NET_ADMIN and no more, and says what is missing where it is.
 func TestUnprivileged(t *testing.T) {
 	want := basics(t, 10)
@@ -447,6 +556,49 @@ func TestMemoryLimit(t *testing.T) {
 		t.Errorf("a process that does more is limited to %d", got)
 	}
 	_ = d.Close()
+
+	// What the process may have in all bounds it.
+	files := map[string]string{
+		"v2":                      "0::/kubepods/pod7/x\n",
+		"v1":                      "5:devices:/x\n4:cpu,memory:/docker/x\n0::/\n",
+		"none":                    "0::/\n",
+		"elsewhere":               "0::/../../not/here\n",
+		"sys/kubepods/memory.max": "max\n", "sys/kubepods/pod7/memory.max": "209715200\n", "sys/kubepods/pod7/x/memory.max": "max\n",
+		"sys/memory/memory.limit_in_bytes": "9223372036854771712\n", "sys/memory/docker/x/memory.limit_in_bytes": "419430400\n",
+	}
+	dir := t.TempDir()
+	for name, text := range files {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tt := range []struct {
+		mine  string
+		peers int
+		want  int64
+		warns bool
+	}{
+		{"none", 10000, memoryBase + 10048*memoryPerPeer, false}, {"elsewhere", 64, memoryBase + 64*memoryPerPeer, false}, {"missing", 64, memoryBase + 64*memoryPerPeer, false},
+		{"v2", 10000, 170 << 20, true}, {"v1", 64, memoryBase + 64*memoryPerPeer, false}, {"v1", 10000, 340 << 20, true},
+	} {
+		var l testLog
+		var m memoryLimit
+		for range 2 {
+			m.peers(tt.peers, cgroups{filepath.Join(dir, tt.mine), filepath.Join(dir, "sys")}, l.logger())
+		}
+		got := debug.SetMemoryLimit(-1)
+		if off := got - tt.want; off < -100 || off > 100 {
+			t.Errorf("%s, %d peers: the limit is %d, want %d", tt.mine, tt.peers, got, tt.want)
+		}
+		if warns := strings.Count(l.String(), "raise its limit"); warns > 1 || warns == 1 != tt.warns {
+			t.Errorf("%s, %d peers: it is said %s", tt.mine, tt.peers, l.String())
+		}
+		m.lift()
+	}
+	if got := debug.SetMemoryLimit(-1); got != before {
+		t.Errorf("afterwards the limit is %d, and was %d", got, before)
+	}
 	t.Setenv("GOMEMLIMIT", "1GiB")
 	d = mustOpen(t, Options{Want: want, Alone: true})
 	mustReconcile(t, d, want)

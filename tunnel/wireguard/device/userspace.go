@@ -107,9 +107,15 @@ type socket struct {
 // network namespace perhaps, and is not.
 func listen(name string, serve func(net.Conn)) (*socket, error) {
 	s := &socket{path: filepath.Join(socketDir, name+".sock"), serve: serve}
-	if c, err := net.Dial("unix", s.path); err == nil {
+	if err := eventually(func() error {
+		c, err := net.Dial("unix", s.path)
+		if err != nil {
+			return nil
+		}
 		_ = c.Close()
-		return nil, fmt.Errorf("%s is answered by another process: end that, choose another name for the interface, or give this process a %s of its own", s.path, socketDir)
+		return fmt.Errorf("%s is answered by another process: end that, choose another name for the interface, or give this process a %s of its own", s.path, socketDir)
+	}); err != nil {
+		return nil, err
 	}
 	return s, s.open()
 }
@@ -180,17 +186,41 @@ func (s *socket) close() {
 // a byte costs twice the processor time. That is why a process that does other
 // things as well has none: what those need, a table of bans for one, would count
 // against it. Who sets GOMEMLIMIT knows better.
-type memoryLimit struct{ before, set int64 }
+type memoryLimit struct {
+	before, set int64
+	peersOf     int  // how many it was set for
+	warned      bool // that this is more than the process may have
+}
 
 const (
 	memoryBase    = 192 << 20
 	memoryPerPeer = 40 << 10
 )
 
-func (m *memoryLimit) peers(n int) {
+// memoryShare is the percentage of what the process may have in all that the heap
+// gets: the rest is the program, its stacks and what the kernel keeps for it.
+const memoryShare = 85
+
+// peers sets the limit for a number of peers, within that of the process's group of
+// memory: over that it would be killed, under it the collector only works harder.
+func (m *memoryLimit) peers(n int, groups cgroups, log *slog.Logger) {
 	n = (n + 63) / 64 * 64 // a change stops the world
+	if _, theirs := os.LookupEnv("GOMEMLIMIT"); theirs || m.set != 0 && n == m.peersOf {
+		return
+	}
+	m.peersOf = n
 	limit := int64(memoryBase + n*memoryPerPeer)
-	if _, theirs := os.LookupEnv("GOMEMLIMIT"); theirs || limit == m.set {
+	bound := groups.memory()
+	if most := bound / 100 * memoryShare; most < limit {
+		if !m.warned {
+			log.Warn("the process may not have the memory that its peers take under load: raise its limit, or every packet costs more",
+				"peers", n, "limitMiB", bound>>20, "neededMiB", (limit/memoryShare*100)>>20)
+		}
+		m.warned, limit = true, most
+	} else {
+		m.warned = false
+	}
+	if limit == m.set {
 		return
 	}
 	before := debug.SetMemoryLimit(limit)

@@ -2,7 +2,11 @@ package device
 
 import (
 	"context"
+	"net"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -17,7 +21,6 @@ const (
 // watch reads the device between turns: for the memory, and for the handshakes of
 // next keys.
 func (d *Device) watch(ctx context.Context) {
-	defer close(d.done)
 	timer := time.NewTimer(readEvery)
 	for {
 		select {
@@ -40,6 +43,54 @@ func (d *Device) watch(ctx context.Context) {
 		}
 		d.mu.Unlock()
 		timer.Reset(max(pause, readShare*took))
+	}
+}
+
+// watchLink tells when another hand takes the interface away or down.
+func (d *Device) watchLink(ctx context.Context) {
+	index, up := 0, false
+	is := func(link netlink.Link, there bool) {
+		before := up
+		up = there && link.Attrs().Flags&net.FlagUp != 0
+		if up {
+			index = link.Attrs().Index
+		} else if before && ctx.Err() == nil {
+			go d.options.Lost()
+		}
+	}
+	for ctx.Err() == nil {
+		updates, stop := make(chan netlink.LinkUpdate), make(chan struct{})
+		if err := netlink.LinkSubscribe(updates, stop); err != nil {
+			d.log.Debug("interface not watched", "error", err) // the caller looks by itself, later
+		} else {
+			if link, err := linkByName(d.options.Name); err == nil {
+				is(link, link != nil)
+			}
+			for open := true; open; {
+				select {
+				case <-ctx.Done():
+					open = false
+				case u, ok := <-updates:
+					if open = ok; !ok {
+						break
+					}
+					// Others may be of that name in a bridge's own tables.
+					ours := u.Attrs().Name == d.options.Name
+					if u.Family == unix.AF_UNSPEC && (ours || u.Attrs().Index == index) {
+						is(u, ours && u.Header.Type == unix.RTM_NEWLINK)
+					}
+				}
+			}
+			close(stop)
+			go func() {
+				for range updates { // what the library still has to say
+				}
+			}()
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(readEvery):
+		}
 	}
 }
 
