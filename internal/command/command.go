@@ -17,6 +17,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
@@ -90,7 +91,7 @@ func report(w io.Writer, name string, err error) {
 		if !slices.Contains(placed, line) {
 			line = name + ": " + line
 		}
-		fmt.Fprintln(w, line)
+		fmt.Fprintln(w, Printable(line))
 	}
 }
 
@@ -119,9 +120,12 @@ func ForPeople(cmd *cobra.Command) bool { return cmd.Flag(outputFlag).Value.Stri
 // for people, with a tab between columns.
 func Show[T any](cmd *cobra.Command, value T, table func(io.Writer, T)) error {
 	if ForPeople(cmd) {
-		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
+		var text strings.Builder
+		w := tabwriter.NewWriter(&text, 0, 8, 2, ' ', 0)
 		table(w, value)
-		return w.Flush()
+		_ = w.Flush() // to a builder, which takes everything
+		_, err := io.WriteString(cmd.OutOrStdout(), Printable(text.String()))
+		return err
 	}
 	text, err := json.MarshalIndent(value, "", "  ")
 	if err == nil && cmd.Flag(outputFlag).Value.String() == "yaml" {
@@ -132,6 +136,27 @@ func Show[T any](cmd *cobra.Command, value T, table func(io.Writer, T)) error {
 	}
 	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", strings.TrimRight(string(text), "\n"))
 	return err
+}
+
+// Printable is a text without what a terminal would obey and not show: it may
+// come from a file or a program of somebody else's.
+func Printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) && r != '\n' && r != '\t' {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, text)
+}
+
+// Shell is a text as one word of a shell's command line, in quotes where it needs
+// them.
+func Shell(text string) string {
+	const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+=:,@%"
+	if text != "" && strings.Trim(text, plain) == "" {
+		return text
+	}
+	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
 }
 
 // One demands a single argument, and shows what it may look like.

@@ -244,7 +244,11 @@ func TestProblems(t *testing.T) {
 		{"an empty entry", "lapi: {url: x}\nports:\n  - 22\n  -\n", []string{"4:5: ports[1]: an empty entry: fill it in or take it out"}},
 		{"given twice", "lapi: {url: x}\nmode: enforce\nmode: observe\n", []string{"3:1: mode: given twice, first on line 2: keep one"}},
 		{"given twice in a map", "lapi: {url: x}\nlabels: {a: 1, a: 2}\n", []string{"2:16: labels.a: given twice, first on line 2: keep one"}},
-		{"a key where its file belongs", "lapi:\n  url: x\n  keyFile: mN3geheim\n", []string{"3:12: lapi.keyFile: want the absolute path of a file that holds it, such as /etc/edgeward/lapi-key"}},
+		{"what a terminal obeys", "lapi:\n  url: \"\\e[2J\"\n  keyFile: \"/etc/a\\nrm -rf\"\n", []string{
+			"2:8: lapi.url: holds a control character: no path and no name has one",
+			"3:12: lapi.keyFile: holds a control character: no path and no name has one",
+		}},
+		{"a key where its file belongs", "lapi:\n  url: x\n  keyFile: mN3geheim\n", []string{"3:12: lapi.keyFile: want the absolute path of a file that holds it, such as /etc/edgeward/NAME.key"}},
 		{"anchors", "lapi: &a {url: x}\nname: *a\n", []string{
 			"1:7: lapi: anchors, aliases and merge keys are not supported: write the value out",
 			"2:7: name: anchors, aliases and merge keys are not supported: write the value out",

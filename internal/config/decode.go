@@ -349,6 +349,10 @@ func (c *Check) decodeScalar(node ast.Node, dst reflect.Value, key string) {
 			wrong("a text")
 			return
 		}
+		if control(strings.NewReplacer("\n", "", "\t", "").Replace(text)) { // several lines may be meant
+			c.problem(at, key, "%v", errControl)
+			return
+		}
 		dst.SetString(text)
 	case reflect.Bool:
 		value, ok := node.(*ast.BoolNode)

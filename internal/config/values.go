@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"unicode"
 )
 
 // File names a file whose content is read when it is used, not with the
@@ -22,12 +23,21 @@ type File string
 // secretLimit is more than any key or chain of certificates weighs.
 const secretLimit = 1 << 20
 
-var errNotAbsolute = errors.New("want the absolute path of a file that holds it, such as /etc/edgeward/lapi-key")
+var errControl = errors.New("holds a control character: no path and no name has one")
+
+// control reports whether a text holds what a terminal would obey, or what would
+// end its line, and not show.
+func control(text string) bool { return strings.ContainsFunc(text, unicode.IsControl) }
+
+var errNotAbsolute = errors.New("want the absolute path of a file that holds it, such as /etc/edgeward/NAME.key")
 
 // UnmarshalText takes an absolute path.
 func (f *File) UnmarshalText(text []byte) error {
 	if !filepath.IsAbs(string(text)) {
 		return errNotAbsolute
+	}
+	if control(string(text)) {
+		return errControl
 	}
 	*f = File(filepath.Clean(string(text)))
 	return nil

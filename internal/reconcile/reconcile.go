@@ -210,8 +210,12 @@ func (l *Loop) note(took time.Duration, err error) {
 	log := l.config.Log.With("component", l.config.Name)
 	switch {
 	case err != nil && (before.Err == nil || before.Err.Error() != err.Error()):
-		log.Warn("turn failed, keeping what the last good one left", "err", err)
+		if before.LastGood.IsZero() {
+			log.Error("cannot bring it into force yet, trying again", "err", err)
+		} else {
+			log.Warn("cannot bring it into force, trying again; what was in force before stays", "err", err)
+		}
 	case err == nil && before.Err != nil:
-		log.Info("turns succeed again", "failures", before.InARow, "took", took)
+		log.Info("it is in force again", "failures", before.InARow, "took", took)
 	}
 }

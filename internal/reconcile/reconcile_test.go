@@ -141,7 +141,7 @@ func TestBacksOff(t *testing.T) {
 	if err := within(got, full[:min(len(got), len(full))], 5); err != nil || len(got) < 8 {
 		t.Error(got, err)
 	}
-	if n := strings.Count(log, "turn failed"); n != 1 {
+	if n := strings.Count(log, "cannot bring it into force"); n != 1 {
 		t.Errorf("one trouble was logged %d times:\n%s", n, log)
 	}
 	if s := loop.State(); s.InARow != len(got) || s.Failures != uint64(len(got)) || s.Err == nil || !s.LastGood.IsZero() {
@@ -175,7 +175,7 @@ func TestTriggersDoNotHeatAFailingLoop(t *testing.T) {
 	if len(got) < 50 {
 		t.Errorf("only %d turns: triggers no longer count", len(got))
 	}
-	if !strings.Contains(log, "turns succeed again") || !strings.Contains(log, "failures=5") {
+	if !strings.Contains(log, "it is in force again") || !strings.Contains(log, "failures=5") {
 		t.Errorf("recovery is not logged:\n%s", log)
 	}
 }
