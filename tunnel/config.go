@@ -471,7 +471,7 @@ func (c *Config) checkDecisions(check *config.Check) {
 
 func (c *Config) checkTunnels(check *config.Check) (names []string) {
 	if len(c.Tunnels) == 0 {
-		check.Fail("tunnels", "is missing: name a tunnel and the file that holds its token")
+		check.Fail("tunnels", "is missing: name a tunnel and the file that holds its token, or, to be a VPN's gateway alone, give the section wireguard")
 	}
 	c.Tunnels = slices.Clone(c.Tunnels)
 	for i := range c.Tunnels {

@@ -29,6 +29,8 @@ type Watcher struct {
 	// thousand peers apart costs more than to see that nothing changed.
 	text   []byte
 	parsed Config
+	bad    []byte // what was refused last
+	why    error
 	good   bool // something was applied whole
 	asked  bool // for this turn, by Reload: what is still wrong is said again
 
@@ -162,12 +164,17 @@ func (w *Watcher) load() (c Config, sum [sha256.Size]byte, err error) {
 	if err != nil {
 		return c, sum, fmt.Errorf("read configuration: %w", err)
 	}
+	if w.why != nil && bytes.Equal(text, w.bad) {
+		return c, sum, w.why
+	}
 	if w.text == nil || !bytes.Equal(text, w.text) {
 		if c, err = Parse(w.path, text); err != nil {
+			w.bad, w.why = text, err
 			return c, sum, err // with no sum: whatever is right after that is news
 		}
 		w.text, w.parsed = text, c
 	}
+	w.bad, w.why = nil, nil
 	c = w.parsed
 	h := sha256.New()
 	fmt.Fprintf(h, "%d\n%s", len(text), text)

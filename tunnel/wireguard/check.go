@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/edgeward/edgeward/internal/config"
 )
@@ -71,7 +72,7 @@ func (c *Config) checkSettings(check *config.Check) {
 			}
 		}
 	}
-	if s.PresharedKeyDir != "" && !filepath.IsAbs(s.PresharedKeyDir) {
+	if s.PresharedKeyDir != "" && (!filepath.IsAbs(s.PresharedKeyDir) || strings.ContainsFunc(s.PresharedKeyDir, unicode.IsControl)) {
 		check.Fail(at+"presharedKeyDir", "%q: want an absolute path", s.PresharedKeyDir)
 	}
 }
@@ -83,6 +84,9 @@ func (c *Config) checkAddresses(check *config.Check) {
 	}
 	for i, a := range s.Addresses {
 		at := fmt.Sprintf("wireguard.addresses[%d]", i)
+		if !a.IsValid() {
+			continue // which was said
+		}
 		network, addr := a.Masked(), a.Addr()
 		longest := addr.BitLen() - 2
 		switch {
@@ -185,6 +189,8 @@ func (c *Config) checkPeers(check *config.Check) {
 			switch {
 			case n.Bits() == 0:
 				check.Fail(at, "%s is everything, and these are the networks behind the peer: use fullTunnel to have the peer send all its traffic here", n)
+			case overlapsAny(n, nowhere):
+				check.Fail(at, "%s is no network that can lie behind a peer: it is for loopback, for one link, or for many receivers", n)
 			case overlapsAny(n, networks):
 				check.Fail(at, "%s overlaps the VPN itself (%s): the peer's own addresses go to addresses", n, list(networks))
 			case overlapsAny(n, c.ClusterNetworks):
@@ -194,6 +200,13 @@ func (c *Config) checkPeers(check *config.Check) {
 		}
 	}
 	checkSites(check, c.Peers, behind)
+}
+
+// nowhere are networks that every machine has for itself, or that no packet is
+// routed to.
+var nowhere = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/3"),
+	netip.MustParsePrefix("::/127"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
 }
 
 // site is a network behind a peer.
@@ -420,6 +433,11 @@ func (c *Config) Warnings() []string {
 		if !slices.Contains(granted, s.Name) {
 			say("service %s is granted to nobody", s.Name)
 		}
+		for _, t := range s.Targets {
+			if clusterIPs.Contains(t) {
+				say("service %s: target %s lies in %s, where k3s has the cluster IPs of Services, and nothing translates one of those once more: give the address of a pod or a host, or put it in addresses without targets", s.Name, t, clusterIPs)
+			}
+		}
 		for _, a := range s.Addresses {
 			less := slices.DeleteFunc(lacking(a, inner), netip.Prefix.IsSingleIP)
 			if a.Bits() > 0 && len(less) > 0 { // everything is the internet, which is what was meant
@@ -466,6 +484,9 @@ func some(names []Name) string {
 	}
 	return words(names)
 }
+
+// clusterIPs is where k3s has the addresses of Services, unless it is told otherwise.
+var clusterIPs = netip.MustParsePrefix("10.43.0.0/16")
 
 // carrierGrade is 100.64.0.0/10, which providers and other VPNs use inside.
 var carrierGrade = netip.MustParsePrefix("100.64.0.0/10")

@@ -41,7 +41,7 @@ func Compile(c *Config, addresses Assigned, secrets Secrets, now time.Time) Desi
 	groups := c.newGrouping()
 	for i := range c.Peers {
 		p := &c.Peers[i]
-		if state, why := stateOf(p, addresses[p.Name], secrets, now); state != Live {
+		if state, why := stateOf(p, addresses[p.Name], secrets, d.Device.PublicKey, now); state != Live {
 			d.Idle = append(d.Idle, IdlePeer{
 				Name: p.Name, PublicKey: p.PublicKey, Addresses: addresses[p.Name],
 				Groups: sorted(p.Groups), State: state, Why: why, Expires: p.Expires.Time,
@@ -57,8 +57,14 @@ func Compile(c *Config, addresses Assigned, secrets Secrets, now time.Time) Desi
 			Next: p.NextPublicKey, NextPresharedKey: secrets.Preshared[p.NextPresharedKeyFile],
 			Addresses: addresses[p.Name], Groups: sorted(p.Groups), Services: grants.of(p), Expires: p.Expires.Time,
 		}
-		if live.Problem = secrets.lacks(p.NextPresharedKeyFile); live.Problem != "" {
-			live.Next = PublicKey{}
+		live.Problem = secrets.lacks(p.NextPresharedKeyFile)
+		if p.NextPublicKey == d.Device.PublicKey && !p.NextPublicKey.IsZero() {
+			live.Problem = "its next public key is the gateway's own: give the device's"
+		}
+		if live.Problem != "" {
+			live.Next, live.NextPresharedKey = PublicKey{}, PresharedKey{}
+		} else {
+			live.Problem = secrets.kept(p.PresharedKeyFile, p.NextPresharedKeyFile)
 		}
 		if live.Networks = slices.Clone(p.AllowedIPs); live.Networks != nil {
 			slices.SortFunc(live.Networks, comparePrefixes)
@@ -81,7 +87,7 @@ func Compile(c *Config, addresses Assigned, secrets Secrets, now time.Time) Desi
 }
 
 // stateOf is what a peer is at a time; why says more of one that is unready.
-func stateOf(p *Peer, addresses []netip.Addr, secrets Secrets, now time.Time) (state State, why string) {
+func stateOf(p *Peer, addresses []netip.Addr, secrets Secrets, gateway PublicKey, now time.Time) (state State, why string) {
 	switch {
 	case !p.Enabled:
 		return Disabled, ""
@@ -89,6 +95,11 @@ func stateOf(p *Peer, addresses []netip.Addr, secrets Secrets, now time.Time) (s
 		return Expired, ""
 	case len(addresses) == 0 && len(p.AllowedIPs) == 0:
 		return Unready, "there is no address left for it"
+	case p.PublicKey == gateway && !gateway.IsZero():
+		return Unready, "its public key is the gateway's own: give the device's"
+	}
+	if why := secrets.Refused[p.Name]; why != "" {
+		return Unready, why
 	}
 	if why := secrets.lacks(p.PresharedKeyFile); why != "" {
 		return Unready, why
@@ -106,6 +117,17 @@ func (s Secrets) lacks(file config.File) string {
 		return err.Error()
 	}
 	return fmt.Sprintf("preshared key %s was not read", string(file))
+}
+
+// kept says of which of these files the key is the last that was read, because the
+// file cannot be read any more; empty for none.
+func (s Secrets) kept(files ...config.File) string {
+	for _, file := range files {
+		if err := s.Failed[file]; err != nil {
+			return fmt.Sprintf("%v: the key that was last read stays", err)
+		}
+	}
+	return ""
 }
 
 func sorted(names []Name) []Name {

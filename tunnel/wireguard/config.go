@@ -422,7 +422,9 @@ func (c *Config) Granted(name Name, groups []Name) map[Name][]Subject {
 func (c *Config) Networks() []netip.Prefix {
 	var out []netip.Prefix
 	for _, a := range c.Settings.Addresses {
-		out = append(out, a.Masked())
+		if a.IsValid() { // others were refused
+			out = append(out, a.Masked())
+		}
 	}
 	slices.SortFunc(out, comparePrefixes)
 	return out
@@ -466,7 +468,9 @@ func (c *Config) DNSFor(p *Peer) []netip.Addr {
 func (c *Config) gateway() []netip.Addr {
 	var out []netip.Addr
 	for _, a := range c.Settings.Addresses {
-		out = append(out, a.Addr())
+		if a.IsValid() {
+			out = append(out, a.Addr())
+		}
 	}
 	slices.SortFunc(out, netip.Addr.Compare)
 	return out

@@ -211,6 +211,9 @@ func TestConfigSaysWhatIsWrong(t *testing.T) {
 		peers(peer(1, ", expires: 2027-01-31")):                                                                    `peers[0].expires: "2027-01-31": want a time with its zone`,
 		peers(peer(1, ", keepalive: 70000s")):                                                                      "want whole seconds from 1s to 65535s",
 		peers(peer(1, ", allowedIPs: [0.0.0.0/0]")):                                                                "use fullTunnel",
+		peers(peer(1, ", allowedIPs: [127.0.0.0/8]")):                                                              "is no network that can lie behind a peer",
+		peers(peer(1, ", allowedIPs: ['fe80::/64']")):                                                              "is no network that can lie behind a peer",
+		peers(peer(1, ", allowedIPs: [224.0.0.0/24]")):                                                             "is no network that can lie behind a peer",
 		peers(peer(1, ", allowedIPs: [10.66.0.128/25]")):                                                           "overlaps the VPN itself (10.66.0.0/24, fd66::/64)",
 		peers(peer(1, ", allowedIPs: [10.40.0.0/13]")):                                                             "overlaps clusterNetworks",
 		peers(peer(1, ", allowedIPs: [192.168.7.0/24]"), peer(2, ", allowedIPs: [192.168.0.0/16]")):                "peers[1].allowedIPs[0]: 192.168.0.0/16 overlaps 192.168.7.0/24 of p1 (peers[0])",
@@ -301,9 +304,10 @@ grants:
 services:
   - {name: a, addresses: [0.0.0.0/0], ports: [80/tcp]}
   - {name: b, host: a.b, addresses: [192.168.1.1], ports: [80/tcp]}
+  - {name: c, addresses: [100.64.0.9], targets: [10.43.0.9], ports: [80/tcp]}
 grants:
   - {to: [group:famly], services: [a]}
-  - {to: [], services: [a]}
+  - {to: [], services: [a, c]}
 `)
 	want := []string{
 		"wireguard.listenPort 51820 is where flannel's wireguard-native listens: on a k3s node that runs it choose another, such as 51830",
@@ -314,6 +318,7 @@ grants:
 		"grants[0].to: nobody is in group famly: did you mean family?",
 		"grants[1].to is empty: nobody is granted anything there",
 		"service b is granted to nobody",
+		"service c: target 10.43.0.9 lies in 10.43.0.0/16, where k3s has the cluster IPs of Services, and nothing translates one of those once more: give the address of a pod or a host, or put it in addresses without targets",
 		"p1, p3 are granted nothing",
 	}
 	if d := cmp.Diff(want, c.Warnings()); d != "" {

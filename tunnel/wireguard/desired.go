@@ -25,7 +25,7 @@ type Desired struct {
 // Device is the interface itself.
 type Device struct {
 	Interface  string     `json:"interface"`
-	Mode       Mode       `json:"mode"`
+	Mode       Mode       `json:"mode,omitempty"`
 	PrivateKey PrivateKey `json:"-"`
 	PublicKey  PublicKey  `json:"publicKey"`
 	ListenPort uint16     `json:"listenPort"`
@@ -55,7 +55,8 @@ type DesiredPeer struct {
 	// Services are what the peer may reach.
 	Services []Name    `json:"services,omitempty"`
 	Expires  time.Time `json:"expires,omitzero"`
-	// Problem is why a next key that is declared is not staged; empty for none.
+	// Problem is why a next key that is declared is not staged, or that the
+	// preshared key is an earlier one; empty for none.
 	Problem string `json:"problem,omitempty"`
 }
 
@@ -77,7 +78,8 @@ const (
 	Disabled State = "disabled"
 	Expired  State = "expired"
 	// Unready is a peer that could not be made live: its preshared key cannot
-	// be read, or no address is left.
+	// be read, no address is left, its public key is the gateway's own, or the
+	// gateway's machine is at home in a network that should lie behind it.
 	Unready State = "unready"
 )
 

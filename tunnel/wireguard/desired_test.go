@@ -248,7 +248,7 @@ func TestPeersWithoutKeys(t *testing.T) {
 		peer(4, fmt.Sprintf(", nextPublicKey: '%s', nextPresharedKeyFile: %s/none2", key(44), dir)) +
 		peer(5, fmt.Sprintf(", nextPublicKey: '%s'", key(55)))
 	c := mustParse(t, text)
-	secrets, made, err := ReadSecrets(c)
+	secrets, made, err := ReadSecrets(c, Secrets{}, "")
 	if err != nil || !made || secrets.PrivateKey.IsZero() || len(secrets.Preshared) != 1 || len(secrets.Failed) != 3 {
 		t.Fatalf("%v, made %v: %+v", err, made, secrets)
 	}
@@ -269,12 +269,61 @@ func TestPeersWithoutKeys(t *testing.T) {
 	}
 
 	c.PublicKey = key(7)
-	if _, _, err := ReadSecrets(c); err == nil || !strings.Contains(err.Error(), "wireguard.publicKey is "+key(7).String()) {
+	if _, _, err := ReadSecrets(c, Secrets{}, ""); err == nil || !strings.Contains(err.Error(), "wireguard.publicKey is "+key(7).String()) {
 		t.Errorf("another public key: %v", err)
 	}
 	c.PrivateKeyFile = config.File(filepath.Join(dir, "nowhere", "key"))
-	if _, _, err := ReadSecrets(c); !errors.Is(err, os.ErrNotExist) {
+	if _, _, err := ReadSecrets(c, Secrets{}, ""); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("nowhere to write: %v", err)
+	}
+}
+
+// TestFileWarnings has the key files judged, where their directory can be read.
+func TestFileWarnings(t *testing.T) {
+	dir := t.TempDir()
+	put := func(name, text string) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	text := fmt.Sprintf("wireguard: {addresses: [10.66.0.1/24], privateKeyFile: %s/private, presharedKeyDir: %s}\npeers:\n", dir, dir) +
+		peer(1, fmt.Sprintf(", presharedKeyFile: %s/one.psk", dir)) + peer(2, fmt.Sprintf(", presharedKeyFile: %s/two.psk", dir)) +
+		peer(3, fmt.Sprintf(", presharedKeyFile: %s/nowhere/three.psk", dir))
+	c := mustParse(t, text)
+	put("two.psk", "junk")
+	put("four.psk", NewPresharedKey().Reveal())
+	judge := func(want ...string) {
+		t.Helper()
+		got := c.FileWarnings()
+		if len(got) != len(want) {
+			t.Fatalf("%d warnings, want %d: %q", len(got), len(want), got)
+		}
+		for i := range want {
+			if !strings.Contains(got[i], want[i]) {
+				t.Errorf("%q lacks %q", got[i], want[i])
+			}
+		}
+	}
+	judge("no device of a peer knows that one", "peer p1: its preshared key cannot be read here", "peer p2: its preshared key cannot be read here", "four.psk is the preshared key of no peer")
+	put("private", "junk")
+	judge("private key, cannot be read here", "peer p1", "peer p2", "four.psk")
+	if err := c.CheckKey(); err != nil {
+		t.Errorf("a key that cannot be read: %v", err)
+	}
+	private := NewPrivateKey()
+	put("private", private.Reveal())
+	put("one.psk", NewPresharedKey().Reveal())
+	put("two.psk", NewPresharedKey().Reveal())
+	judge("four.psk")
+	if err := c.CheckKey(); err != nil {
+		t.Error(err)
+	}
+	c.Peers[1].PublicKey, c.Peers[2].NextPublicKey = private.Public(), private.Public()
+	if err := c.CheckKey(); err == nil || err.Error() != "peers[1].publicKey is the gateway's own: every peer has its own\npeers[2].nextPublicKey is the gateway's own: every peer has its own" {
+		t.Errorf("the gateway's own key: %v", err)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/edgeward/edgeward/internal/config"
 )
@@ -243,18 +244,46 @@ func EnsurePrivateKey(file config.File) (key PrivateKey, made bool, err error) {
 }
 
 // WriteKeyFile puts a key, in base64, into a new file of mode 0600, whole or not
-// at all. A file that is there is left alone: the error is fs.ErrExist.
+// at all. A file that is there is left alone: the error is fs.ErrExist. The file
+// belongs to whom its directory belongs to, where the process is root: what root
+// writes for a program is for that program to read.
 func WriteKeyFile(file config.File, text string) error {
-	fresh, err := writeBeside(string(file), []byte(text+"\n"))
-	if fresh != "" {
-		defer os.Remove(fresh)
+	dir := filepath.Dir(string(file))
+	fresh, err := os.CreateTemp(dir, "."+filepath.Base(string(file))+".*")
+	if err != nil {
+		return fmt.Errorf("write key: %w", err)
+	}
+	defer os.Remove(fresh.Name())
+	_, err = fresh.WriteString(text + "\n")
+	if err == nil {
+		err = belongTo(fresh, dir)
 	}
 	if err == nil {
+		err = fresh.Sync()
+	}
+	if err = errors.Join(err, fresh.Close()); err == nil {
 		// A link, not a rename, which would replace a key that appeared meanwhile.
-		err = os.Link(fresh, string(file))
+		err = os.Link(fresh.Name(), string(file))
 	}
 	if err != nil {
 		return fmt.Errorf("write key: %w", err)
 	}
 	return nil
+}
+
+// belongTo gives an open file the owner of a directory. It goes by what is open
+// and not by a name: whoever owns the directory can have that lead elsewhere.
+func belongTo(file *os.File, dir string) error {
+	if os.Getuid() != 0 {
+		return nil
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || owner.Uid == 0 {
+		return nil
+	}
+	return file.Chown(int(owner.Uid), int(owner.Gid))
 }

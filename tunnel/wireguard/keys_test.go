@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/edgeward/edgeward/internal/config"
@@ -119,6 +120,38 @@ func TestKeyFiles(t *testing.T) {
 	}
 	if _, made, err := EnsurePrivateKey(bad); err == nil || made {
 		t.Errorf("a bad key was replaced: %v", err)
+	}
+}
+
+// TestKeyFilesBelongToTheirDirectory holds that root gives a key to the owner of
+// its directory, and nothing else of whatever that one puts in its way.
+func TestKeyFilesBelongToTheirDirectory(t *testing.T) {
+	const nobody = 65534
+	dir, precious := t.TempDir(), filepath.Join(t.TempDir(), "precious")
+	err := errors.Join(os.WriteFile(precious, []byte("root's"), 0o600), os.Chown(dir, nobody, nobody), os.Symlink(precious, filepath.Join(dir, "taken.psk")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	owner := func(path string) uint32 {
+		t.Helper()
+		info, err := os.Lstat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Sys().(*syscall.Stat_t).Uid
+	}
+	key := NewPresharedKey().Reveal()
+	if err := WriteKeyFile(config.File(filepath.Join(dir, "fresh.psk")), key); err != nil {
+		t.Fatal(err)
+	}
+	if got := owner(filepath.Join(dir, "fresh.psk")); got != nobody {
+		t.Errorf("the key is of user %d", got)
+	}
+	if err := WriteKeyFile(config.File(filepath.Join(dir, "taken.psk")), key); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("a link was followed: %v", err)
+	}
+	if text, err := os.ReadFile(precious); err != nil || string(text) != "root's" || owner(precious) != 0 {
+		t.Errorf("%q of user %d, %v", text, owner(precious), err)
 	}
 }
 

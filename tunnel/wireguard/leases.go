@@ -34,6 +34,9 @@ type Lease struct {
 // remembers none and is ready to use.
 type Leases struct {
 	ByName map[Name]Lease `json:"leases"`
+	// Latest is the latest time that the gateway has seen, now and then: a clock
+	// that begins anew must not revive whoever has expired.
+	Latest time.Time `json:"latest,omitzero"`
 }
 
 // LeasesPath is the file of the leases in the program's stateDir.
@@ -177,7 +180,7 @@ func (l *Leases) Assign(c *Config, now time.Time) (all Assigned, changed bool, e
 func (l *Leases) Pick(c *Config, peer Peer, now time.Time) ([]netip.Addr, error) {
 	with := *c
 	with.Peers = append(slices.Clone(c.Peers), peer)
-	trial := Leases{maps.Clone(l.ByName)}
+	trial := Leases{ByName: maps.Clone(l.ByName)}
 	all, _, err := trial.Assign(&with, now)
 	got := all[peer.Name]
 	if len(got) < len(c.Settings.Addresses) {
@@ -267,6 +270,9 @@ func (p *pool) complete(name Name, have []netip.Addr) (all []netip.Addr, ok bool
 	}
 	for _, a := range have { // beside the one that is there
 		n := slices.IndexFunc(p.networks, func(n netip.Prefix) bool { return n.Contains(a) })
+		if n < 0 {
+			continue // it is in none of them, which Check says
+		}
 		if place, near := placeOf(p.networks[n], a); near && place < p.places && take(place) {
 			return all, true
 		}

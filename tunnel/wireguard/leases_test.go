@@ -269,6 +269,11 @@ func FuzzAllocator(f *testing.F) {
 				}
 				c.Peers = append(c.Peers, p)
 			}
+			// What the check refuses is asked before it speaks.
+			stray := Peer{Name: "stray", Addresses: []netip.Addr{[]netip.Addr{netip.MustParseAddr("172.31.0.9"), netip.AddrFrom16(v4.Addr().As16()), {}}[r.IntN(3)]}}
+			if got, err := l.Pick(c, stray, now); err == nil && !slices.Contains(got, stray.Addresses[0]) {
+				t.Fatalf("%v declared, %v given", stray.Addresses, got)
+			}
 			was := Leases{}
 			was.ByName = map[Name]Lease{}
 			for name, lease := range l.ByName {

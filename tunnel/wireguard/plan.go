@@ -14,8 +14,11 @@ import (
 type Plan struct {
 	// Changes are those of the device, then of services, then of peers by name.
 	Changes []Change `json:"changes"`
-	// Sessions is how many peers that stay have to shake hands anew.
+	// Sessions is how many peers that are live lose the session that they may have:
+	// they end, or have to shake hands anew.
 	Sessions int `json:"sessions"`
+
+	live []Name // those of Sessions
 }
 
 // Change is about one peer or one service, or about the gateway where both are
@@ -25,9 +28,11 @@ type Change struct {
 	Service Name `json:"service,omitempty"`
 	// What is done, such as "added" or "next key staged".
 	What []string `json:"what,omitempty"`
-	// Session says that the peer, or of the gateway's changes every peer, stays
-	// and has to shake hands anew.
+	// Session says that the peer, or of the gateway's changes every peer, loses
+	// its session: it ends, or has to shake hands anew.
 	Session bool `json:"session,omitempty"`
+	// Removed says that the peer is not declared any more.
+	Removed bool `json:"removed,omitempty"`
 	// Gains and Loses are services that the peer may reach from now on, or no
 	// longer.
 	Gains []Name `json:"gains,omitempty"`
@@ -44,21 +49,27 @@ func NewPlan(was, now Desired) Plan {
 	}
 	p.Changes = append(p.Changes, serviceChanges(was.Services, now.Services)...)
 	p.Changes = append(p.Changes, peerChanges(was, now)...)
-	kept := map[Name]bool{}
-	for _, peer := range was.Peers {
-		kept[peer.Name] = true
-	}
-	reset := map[Name]bool{}
+	lost := map[Name]bool{}
 	for _, c := range p.Changes {
 		if c.Session && c.Peer != "" {
-			reset[c.Peer] = true
+			lost[c.Peer] = true
 		}
 	}
-	for _, peer := range now.Peers {
-		if reset[peer.Name] || device.Session && kept[peer.Name] {
-			p.Sessions++
+	for _, peer := range was.Peers {
+		if device.Session {
+			lost[peer.Name] = true
 		}
 	}
+	p.live = slices.Sorted(maps.Keys(lost))
+	p.Sessions = len(p.live)
+	return p
+}
+
+// Among is the plan with Sessions counted among those peers alone that are
+// connected.
+func (p Plan) Among(connected map[Name]bool) Plan {
+	p.live = slices.DeleteFunc(slices.Clone(p.live), func(n Name) bool { return !connected[n] })
+	p.Sessions = len(p.live)
 	return p
 }
 
@@ -191,15 +202,15 @@ func peerChanges(was, now Desired) []Change {
 			c.What = append(c.What, "added")
 			c.Gains = b.live.Services
 		case !isThere:
-			c.What = append(c.What, "removed")
+			c.What, c.Removed = append(c.What, "removed"), true
 			if a.live != nil {
-				c.Loses = a.live.Services
+				c.Loses, c.Session = a.live.Services, true
 			}
 		case a.live != nil && b.live != nil:
 			c.compare(a.live, b.live)
 		case a.live != nil:
 			c.What = append(c.What, b.idle.told())
-			c.Loses = a.live.Services
+			c.Loses, c.Session = a.live.Services, true
 		case b.live != nil:
 			c.What = append(c.What, fmt.Sprintf("live, was %s", a.idle.State))
 			c.Gains = b.live.Services
@@ -327,7 +338,7 @@ func (p Plan) String() string {
 			more = append(more, fmt.Sprintf("service %s: %s", c.Service, strings.Join(c.What, ", ")))
 		default:
 			peers++
-			if slices.Contains(c.What, "removed") {
+			if c.Removed {
 				more = append(more, string(c.Peer)+" is removed")
 				continue
 			}

@@ -27,11 +27,11 @@ func TestPlan(t *testing.T) {
 			"2 peers change, 0 sessions reset, bob loses grafana, tv loses grafana",
 			[]string{"bob [] false - [grafana]", "tv [] false - [grafana]"}},
 		{"a peer goes", replaced("  - {name: bob,", "  - {name: bob, enabled: false,"), noon,
-			"1 peer changes, 0 sessions reset, bob loses grafana",
-			[]string{"bob [disabled] false - [grafana]"}},
+			"1 peer changes, 1 session reset, bob loses grafana",
+			[]string{"bob [disabled] true - [grafana]"}},
 		{"a peer expires", houseText(), noon.Add(2 * time.Hour),
-			"1 peer changes, 0 sessions reset, bob loses grafana",
-			[]string{"bob [expired] false - [grafana]"}},
+			"1 peer changes, 1 session reset, bob loses grafana",
+			[]string{"bob [expired] true - [grafana]"}},
 		{"a peer comes back", replaced("enabled: false", "enabled: true"), noon,
 			"1 peer changes, 0 sessions reset, eve gains grafana",
 			[]string{"eve [live, was disabled] false [grafana] -"}},
@@ -61,11 +61,11 @@ func TestPlan(t *testing.T) {
 			"0 peers change, 0 sessions reset, service grafana: ports 443/tcp -> 8443/tcp",
 			[]string{"service grafana [ports 443/tcp -> 8443/tcp] false - -"}},
 		{"everything", section, noon,
-			"the gateway changes, 5 peers change, 0 sessions reset, service grafana: removed, service lan: removed, service nas: removed, alice is removed, bob is removed, and 3 more",
+			"the gateway changes, 5 peers change, 4 sessions reset, service grafana: removed, service lan: removed, service nas: removed, alice is removed, bob is removed, and 3 more",
 			[]string{
 				"gateway [resolver on 10.66.0.1, fd66::1 -> none; upstreams 10.43.0.10:53 -> none; zones home.example.com -> none] false - -",
 				"service grafana [removed] false - -", "service lan [removed] false - -", "service nas [removed] false - -",
-				"alice [removed] false - [grafana lan nas]", "bob [removed] false - [grafana]", "cabin [removed] false - [lan nas]", "eve [removed] false - -", "tv [removed] false - [grafana]",
+				"alice [removed] true - [grafana lan nas]", "bob [removed] true - [grafana]", "cabin [removed] true - [lan nas]", "eve [removed] false - -", "tv [removed] true - [grafana]",
 			}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -92,6 +92,9 @@ func TestPlan(t *testing.T) {
 			}
 			if d := cmp.Diff(c.changes, changes); d != "" {
 				t.Error(d)
+			}
+			if is := p.Among(map[Name]bool{"bob": true}).Sessions; is != min(p.Sessions, 1) {
+				t.Errorf("with bob alone connected %d sessions are reset", is)
 			}
 		})
 	}

@@ -9,10 +9,14 @@ import (
 type Status struct {
 	Interface string `json:"interface"`
 	// Mode is kernel or userspace, empty before the device is up.
-	Mode       Mode      `json:"mode"`
+	Mode       Mode      `json:"mode,omitempty"`
 	PublicKey  PublicKey `json:"publicKey"`
 	ListenPort uint16    `json:"listenPort"`
 	Since      time.Time `json:"since"`
+	// File is the whole path of the configuration that the gateway follows, and
+	// FileProblem why what is in force is not what that says; empty where it is.
+	File        string `json:"file,omitempty"`
+	FileProblem string `json:"fileProblem,omitempty"`
 	// Problem is why the last apply failed; empty while all is well.
 	Problem string       `json:"problem,omitempty"`
 	Peers   []PeerStatus `json:"peers"`

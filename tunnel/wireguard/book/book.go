@@ -35,8 +35,8 @@ func Add(text []byte, peers ...wireguard.Peer) ([]byte, error) {
 	return text, nil
 }
 
-// Remove takes a peer out, and out of the grants that name it. Comments above it
-// stay.
+// Remove takes a peer out, and out of the grants that name it; a grant that names
+// nobody else goes with it. Comments above them stay.
 func Remove(text []byte, name wireguard.Name) ([]byte, error) {
 	out, err := remove(text, name)
 	if err != nil {
@@ -395,8 +395,15 @@ func remove(text []byte, name wireguard.Name) ([]byte, error) {
 			break
 		}
 		grants := slices.Clone(want.get("grants").([]any))
-		g := grants[grant].(fields)
-		grants[grant] = g.with("to", slices.Delete(slices.Clone(g.get("to").([]any)), subject, subject+1))
+		if len(l.items) == 1 {
+			grants, subject = slices.Delete(grants, grant, grant+1), grant
+			if owner, l, err = p.grants(); err != nil {
+				return nil, err
+			}
+		} else {
+			g := grants[grant].(fields)
+			grants[grant] = g.with("to", slices.Delete(slices.Clone(g.get("to").([]any)), subject, subject+1))
+		}
 		want = want.with("grants", grants)
 		if text, err = p.remove(owner, l, subject); err != nil {
 			return nil, err
@@ -406,6 +413,17 @@ func remove(text []byte, name wireguard.Name) ([]byte, error) {
 		return nil, errByHand
 	}
 	return text, nil
+}
+
+// grants is the list of grants, which there is, and its key.
+func (p *page) grants() (owner *entry, all list, err error) {
+	root, err := p.mapping(p.root)
+	if err != nil {
+		return nil, list{}, err
+	}
+	owner = root.find("grants")
+	all, err = p.list(owner.value)
+	return owner, all, err
 }
 
 // grantTo finds the first subject of a grant that is a peer; there is none where

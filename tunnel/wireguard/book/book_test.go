@@ -126,8 +126,8 @@ func TestEditsTouchNothingElse(t *testing.T) {
 			[]string{
 				"  - name: alice\n    " + aliceKey + "  # from her app\n    groups:\n      - family   # of course\n", "",
 				"[group:family, peer:alice, \"peer:tv\"]", "[group:family, \"peer:tv\"]",
-				"- to:\n  - peer:alice   # for a week\n", "- to: []\n",
-				"{to: [peer:alice],", "{to: [],",
+				"- to:\n  - peer:alice   # for a week\n  services: [grafana]\n", "",
+				"- {to: [peer:alice], services: [grafana]}\n", "",
 				"[peer:tv, peer:alice]", "[peer:tv]",
 			}},
 		{"remove in braces", func(text []byte) ([]byte, error) { return Remove(text, "bob") },
@@ -297,6 +297,9 @@ func judge(t *testing.T, text string) (refused []error) {
 		edited, err = Remove([]byte(text), p.Name)
 		compare(edited, err, func(c *tunnel.Config) {
 			c.Peers = slices.Delete(c.Peers, i, i+1)
+			c.Grants = slices.DeleteFunc(c.Grants, func(g wireguard.Grant) bool {
+				return len(g.To) > 0 && !slices.ContainsFunc(g.To, func(s wireguard.Subject) bool { return s.Group || s.Name != p.Name })
+			})
 			for g := range c.Grants {
 				c.Grants[g].To = slices.DeleteFunc(c.Grants[g].To, func(s wireguard.Subject) bool { return !s.Group && s.Name == p.Name })
 			}

@@ -14,19 +14,24 @@ import (
 
 // Edit changes the file at path, for which other edits wait, and which this one
 // waits for until ctx ends: edit gets its text and returns the new one, which
-// check must accept: the error of either is returned as it is. The file is replaced whole and keeps its mode and owner;
-// where path is a symbolic link, it is the file that it leads to. Text that did
-// not change is not written.
+// check must accept: the error of either is returned as it is. The file is
+// replaced whole and keeps its mode and owner; where path is a symbolic link, it
+// is the file that it leads to. Text that did not change is not written.
 func Edit(ctx context.Context, path string, edit func(text []byte) ([]byte, error), check func(text []byte) error) error {
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return fmt.Errorf("edit configuration: %w", err)
 	}
-	file, err := lock(ctx, real)
+	unlock, err := lock(ctx, real)
 	if err != nil {
 		return fmt.Errorf("edit configuration: %w", err)
 	}
-	defer file.Close() // and the lock with it
+	defer unlock()
+	file, err := os.Open(real)
+	if err != nil {
+		return fmt.Errorf("edit configuration: %w", err)
+	}
+	defer file.Close()
 	info, err := file.Stat()
 	if err != nil {
 		return fmt.Errorf("edit configuration: %w", err)
@@ -57,11 +62,13 @@ func Edit(ctx context.Context, path string, edit func(text []byte) ([]byte, erro
 // retry is how often a lock is tried.
 const retry = 20 * time.Millisecond
 
-// lock opens the file at path and locks it. Since an edit puts a new file in its
-// place, the one that was locked may be gone by then: it begins again.
-func lock(ctx context.Context, path string) (*os.File, error) {
+// lock has all other edits of the file at path wait until unlock is called. What
+// is locked is a file of its own beside that one, which only its owner can open:
+// whoever may read the configuration could lock that, and keep others from it.
+func lock(ctx context.Context, path string) (unlock func(), err error) {
+	beside := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".lock")
 	for {
-		file, err := os.Open(path)
+		file, err := os.OpenFile(beside, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 		if err != nil {
 			return nil, err
 		}
@@ -77,20 +84,20 @@ func lock(ctx context.Context, path string) (*os.File, error) {
 			case <-time.After(retry):
 			}
 		}
+		var have fs.FileInfo
+		if err == nil {
+			have, err = file.Stat()
+		}
 		if err != nil {
 			file.Close()
-			return nil, fmt.Errorf("lock %s: %w", path, err)
+			return nil, fmt.Errorf("lock %s: %w", beside, err)
 		}
-		have, err := file.Stat()
-		if err != nil {
-			file.Close()
-			return nil, err
-		}
-		if there, err := os.Stat(path); err == nil && os.SameFile(have, there) {
-			return file, nil
-		} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			file.Close()
-			return nil, err
+		// Who had it before has removed it: what counts is the one that is there.
+		if there, err := os.Lstat(beside); err == nil && os.SameFile(have, there) {
+			return func() {
+				os.Remove(beside)
+				file.Close()
+			}, nil
 		}
 		file.Close()
 	}

@@ -69,20 +69,45 @@ func TestEdit(t *testing.T) {
 		t.Error("a directory was edited")
 	}
 
-	file, err := os.Open(path)
+	// Whoever may read the file cannot keep others from it.
+	reader, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer file.Close()
-	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX); err != nil {
+	defer reader.Close()
+	if err := syscall.Flock(int(reader.Fd()), syscall.LOCK_EX); err != nil {
 		t.Fatal(err)
+	}
+	if err := Edit(t.Context(), link, becomes("b2"), fine); err != nil {
+		t.Errorf("a reader has locked the file: %v", err)
+	}
+	is("b2")
+
+	beside := filepath.Join(dir, "real", ".tunnel.yaml.lock")
+	if err := os.Symlink(link, beside); err != nil {
+		t.Fatal(err)
+	}
+	if err := Edit(t.Context(), link, becomes("c"), fine); !errors.Is(err, syscall.ELOOP) {
+		t.Errorf("a link was followed: %v", err)
+	}
+	if err := os.Remove(beside); err != nil {
+		t.Fatal(err)
+	}
+
+	unlock, err := lock(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(beside); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the lock is %v, %v", info, err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if err := Edit(ctx, link, becomes("c"), fine); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another edit") {
 		t.Errorf("the file is locked: %v", err)
 	}
-	is("b")
+	unlock()
+	is("b2")
 }
 
 // TestEditsWait has many editors add a line at once: none is lost.

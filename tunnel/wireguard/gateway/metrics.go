@@ -47,6 +47,8 @@ type tally struct {
 	rows  map[row]uint64                 // as last seen
 	peers map[wireguard.Name]*hits
 	hits  map[hit]uint64
+	// before are refusals that an earlier process told of.
+	before map[row]bool
 }
 
 // hits are packets of a peer.
@@ -67,7 +69,7 @@ type row struct {
 }
 
 func newTally() tally {
-	return tally{map[netip.Addr]nft.SourceCount{}, map[row]uint64{}, map[wireguard.Name]*hits{}, map[hit]uint64{}}
+	return tally{map[netip.Addr]nft.SourceCount{}, map[row]uint64{}, map[wireguard.Name]*hits{}, map[hit]uint64{}, nil}
 }
 
 // grown is by how much a count that may begin anew has grown.
@@ -81,34 +83,80 @@ func grown(was, is uint64) uint64 {
 // mostSaid is how many denied attempts are written to the log at once.
 const mostSaid = 20
 
+// readings are what the rules counted at one time; a part that could not be read is
+// nil.
+type readings struct {
+	sources         []nft.SourceCount
+	granted, denied []nft.Attempt
+}
+
+func read(r rules) (out readings) {
+	var err error
+	if out.sources, err = r.Sources(); err != nil {
+		out.sources = nil
+	} else if out.sources == nil {
+		out.sources = []nft.SourceCount{}
+	}
+	all := func(attempts func() ([]nft.Attempt, error)) []nft.Attempt {
+		rows, err := attempts()
+		if err != nil {
+			return nil
+		}
+		return append([]nft.Attempt{}, rows...)
+	}
+	out.granted, out.denied = all(r.Granted), all(r.Denied)
+	return out
+}
+
+// refusals are the attempts that the kernel remembers from before this process, and
+// that were told then.
+func refusals(r rules) map[row]bool {
+	rows, err := r.Denied()
+	if err != nil {
+		return nil
+	}
+	out := make(map[row]bool, len(rows))
+	for _, a := range rows {
+		out[row{a.From, a.To, a.Proto, a.Port, "denied"}] = true
+	}
+	return out
+}
+
 // count brings the tally up to date, writes a line for each attempt that was
 // refused for the first time, and returns the counts by peer. What cannot be read
 // is as it was.
 func (g *Gateway) count() map[wireguard.Name]hits {
+	g.counting.Lock() // what was read first is counted first
+	defer g.counting.Unlock()
+	g.mu.Lock()
+	open, have, names := g.rules, g.have, g.names
+	g.mu.Unlock()
+	var now readings
+	if open != nil {
+		now = read(open) // thousands of rows, for which nobody else waits
+	}
+	view := viewOf(have, names)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	t := &g.tally
-	if g.rules != nil {
-		view := viewOf(g.have)
-		if counts, err := g.rules.Sources(); err == nil {
-			seen := make(map[netip.Addr]nft.SourceCount, len(counts))
-			for _, c := range counts {
-				was := t.addrs[c.Addr]
-				seen[c.Addr] = c
-				if name := view.peer(c.Addr); name != "" {
-					p := t.peers[name]
-					if p == nil {
-						p = &hits{}
-						t.peers[name] = p
-					}
-					p.granted += grown(was.Granted, c.Granted)
-					p.denied += grown(was.Denied, c.Denied)
+	if now.sources != nil {
+		seen := make(map[netip.Addr]nft.SourceCount, len(now.sources))
+		for _, c := range now.sources {
+			was := t.addrs[c.Addr]
+			seen[c.Addr] = c
+			if name := view.peer(c.Addr); name != "" {
+				p := t.peers[name]
+				if p == nil {
+					p = &hits{}
+					t.peers[name] = p
 				}
+				p.granted += grown(was.Granted, c.Granted)
+				p.denied += grown(was.Denied, c.Denied)
 			}
-			t.addrs = seen
 		}
-		g.attempts(view)
+		t.addrs = seen
 	}
+	g.attempts(view, now)
 	// Whoever is not declared any more is no label.
 	declared := map[wireguard.Name]bool{}
 	for _, p := range g.have.Peers {
@@ -134,13 +182,12 @@ func (g *Gateway) count() map[wireguard.Name]hits {
 }
 
 // attempts is the part of count that knows services.
-func (g *Gateway) attempts(view view) {
+func (g *Gateway) attempts(view view, now readings) {
 	t := &g.tally
 	seen := make(map[row]uint64, len(t.rows))
 	said := 0
-	for verdict, read := range map[string]func() ([]nft.Attempt, error){"granted": g.rules.Granted, "denied": g.rules.Denied} {
-		rows, err := read()
-		if err != nil {
+	for verdict, rows := range map[string][]nft.Attempt{"granted": now.granted, "denied": now.denied} {
+		if rows == nil {
 			for r, n := range t.rows {
 				if r.verdict == verdict {
 					seen[r] = n
@@ -161,7 +208,7 @@ func (g *Gateway) attempts(view view) {
 				service = "none"
 			}
 			t.hits[hit{attempt.Peer, service, verdict}] += grown(was, a.Packets)
-			if verdict != "denied" || known {
+			if verdict != "denied" || known || t.before[r] {
 				continue
 			}
 			if said++; said <= mostSaid {
@@ -171,6 +218,11 @@ func (g *Gateway) attempts(view view) {
 	}
 	if said > mostSaid {
 		g.log.Info("access denied to more than is told one by one", "attempts", said-mostSaid)
+	}
+	for r := range t.before { // what the kernel forgot is new when it comes again
+		if _, there := seen[r]; !there && now.denied != nil {
+			delete(t.before, r)
+		}
 	}
 	t.rows = seen
 }

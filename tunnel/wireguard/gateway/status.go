@@ -110,6 +110,10 @@ func (g *Gateway) status() (wireguard.Status, map[wireguard.Name]hits) {
 	for _, state := range states {
 		byKey[state.PublicKey] = state
 	}
+	var gone []device.PeerState
+	if open != nil && len(have.Idle) > 0 {
+		gone = open.Gone()
+	}
 	packets := g.count()
 	for _, p := range have.Peers {
 		status := wireguard.PeerStatus{
@@ -130,10 +134,19 @@ func (g *Gateway) status() (wireguard.Status, map[wireguard.Name]hits) {
 		s.Peers = append(s.Peers, status)
 	}
 	for _, p := range have.Idle {
-		s.Peers = append(s.Peers, wireguard.PeerStatus{
+		status := wireguard.PeerStatus{
 			Name: p.Name, State: p.State, Why: p.Why, PublicKey: p.PublicKey, Addresses: p.Addresses, Groups: p.Groups, Expires: p.Expires,
 			Denied: packets[p.Name].denied,
-		})
+		}
+		for _, was := range gone {
+			if was.PublicKey == device.Key(p.PublicKey) || was.Name == string(p.Name) && was.Handshake.After(status.Handshake) {
+				status.Handshake, status.Received, status.Sent = was.Handshake, was.Received, was.Sent
+				if was.Endpoint.IsValid() {
+					status.Endpoint = was.Endpoint.String()
+				}
+			}
+		}
+		s.Peers = append(s.Peers, status)
 	}
 	slices.SortFunc(s.Peers, func(a, b wireguard.PeerStatus) int { return cmp.Compare(a.Name, b.Name) })
 	return s, packets
@@ -156,7 +169,7 @@ func (g *Gateway) Report() Report {
 		r.Names.Missing = resolver.Missing.Error()
 	}
 	g.mu.Lock()
-	have, rules := g.have, g.rules
+	have, rules, names := g.have, g.rules, g.names
 	g.mu.Unlock()
 	r.Names.Machine = len(r.Names.Upstreams) > 0 && len(have.Names.Upstreams) == 0
 	if rules == nil {
@@ -166,7 +179,7 @@ func (g *Gateway) Report() Report {
 	if err != nil {
 		r.Problem = cmp.Or(r.Problem, fmt.Sprintf("read access rules: %v", err))
 	}
-	view := viewOf(have)
+	view := viewOf(have, names)
 	for _, row := range rows {
 		r.Denied = append(r.Denied, view.attempt(row, g.now()))
 	}
@@ -177,12 +190,13 @@ func (g *Gateway) Report() Report {
 // view finds peers and services by address.
 type view struct {
 	singles map[netip.Addr]wireguard.Name
+	names   map[netip.Addr]wireguard.Name // of those that are not live, too
 	wide    []wireguard.Source
 	reach   []wireguard.Reach
 }
 
-func viewOf(d wireguard.Desired) view {
-	v := view{singles: make(map[netip.Addr]wireguard.Name, len(d.Access.Sources))}
+func viewOf(d wireguard.Desired, names map[netip.Addr]wireguard.Name) view {
+	v := view{singles: make(map[netip.Addr]wireguard.Name, len(d.Access.Sources)), names: names}
 	for _, s := range d.Access.Sources {
 		if s.Prefix.IsSingleIP() {
 			v.singles[s.Prefix.Addr()] = s.Peer
@@ -197,7 +211,8 @@ func viewOf(d wireguard.Desired) view {
 	return v
 }
 
-// peer is whose an address is; empty for nobody's.
+// peer is whose an address is, or was before that peer was shut out; empty for
+// nobody's.
 func (v view) peer(a netip.Addr) wireguard.Name {
 	if name, ok := v.singles[a]; ok {
 		return name
@@ -207,7 +222,7 @@ func (v view) peer(a netip.Addr) wireguard.Name {
 			return s.Peer
 		}
 	}
-	return ""
+	return v.names[a]
 }
 
 // service is the one that is granted to somebody at an address and port.

@@ -39,7 +39,9 @@ func peerFor(p wireguard.DesiredPeer) device.Peer {
 }
 
 // accessOf is what the access rules should be where a stands for want's access.
-func accessOf(want wireguard.Desired, a wireguard.Access) nft.Access {
+// answering is where the resolver has its sockets: what is sent to its port
+// elsewhere would be for whoever takes that port, which takes no privilege.
+func accessOf(want wireguard.Desired, a wireguard.Access, answering []netip.AddrPort) nft.Access {
 	d := want.Device
 	out := nft.Access{Interface: d.Interface, Networks: append([]netip.Prefix(nil), a.Networks...), Masquerade: a.Masquerade}
 	// Networks behind peers are the VPN's too: nobody else may pose as them.
@@ -57,7 +59,7 @@ func accessOf(want wireguard.Desired, a wireguard.Access) nft.Access {
 	for _, addr := range a.Gateway {
 		to := netip.PrefixFrom(addr, addr.BitLen())
 		out.Everyone = append(out.Everyone, nft.Reach{To: to, Proto: nft.Echo})
-		if !a.Resolver {
+		if !a.Resolver || !slices.Contains(answering, netip.AddrPortFrom(addr, namesPort)) {
 			continue
 		}
 		for _, proto := range []nft.Proto{nft.TCP, nft.UDP} {
@@ -100,7 +102,10 @@ func protoOf(p wireguard.Protocol) nft.Proto {
 // namesOf is what the resolver should answer.
 func namesOf(want wireguard.Desired) names.Config {
 	a := want.Names
-	c := names.Config{Hosts: make(map[string][]netip.Addr, len(a.Hosts)), Upstreams: a.Upstreams, Peers: a.Peers}
+	c := names.Config{Hosts: make(map[string][]netip.Addr, len(a.Hosts)), Upstreams: a.Upstreams, Peers: a.Peers, Owners: make(map[netip.Prefix]string, len(a.Peers))}
+	for _, s := range want.Access.Sources {
+		c.Owners[s.Prefix] = string(s.Peer)
+	}
 	for _, addr := range a.Listen {
 		c.Listen = append(c.Listen, netip.AddrPortFrom(addr, namesPort))
 	}

@@ -29,12 +29,12 @@ func (r *Resolver) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	case !a.limiter.Allow():
 		r.limited.Add(1) // dropped: to ask again later is what it should do
 	default:
-		r.send(w, q, r.answer(s, q))
+		r.send(w, q, r.answer(s, a, q))
 	}
 }
 
 // answer makes the answer to a question of somebody who may ask.
-func (r *Resolver) answer(s *setup, q *dns.Msg) *dns.Msg {
+func (r *Resolver) answer(s *setup, a *asker, q *dns.Msg) *dns.Msg {
 	if len(q.Question) != 1 || q.Opcode != dns.OpcodeQuery {
 		return failure(q, dns.RcodeNotImplemented)
 	}
@@ -52,7 +52,13 @@ func (r *Resolver) answer(s *setup, q *dns.Msg) *dns.Msg {
 		return failure(q, dns.RcodeRefused)
 	}
 	key := keyOf(q, question)
+	if a.ahead.Add(1) > mostOfOne {
+		a.ahead.Add(-1)
+		r.limited.Add(1)
+		return failure(q, dns.RcodeServerFailure)
+	}
 	told, fresh, err := s.ahead.ask(key)
+	a.ahead.Add(-1)
 	switch {
 	case err != nil:
 		r.failed.Add(1)

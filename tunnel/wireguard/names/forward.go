@@ -20,8 +20,11 @@ const (
 	askTimeout = 4500 * time.Millisecond // for all of them together
 	// downFor is how long an upstream that did not answer is asked last.
 	downFor = 10 * time.Second
-	// mostAhead bounds the questions under way to upstreams.
+	// mostAhead bounds the questions under way to upstreams, and mostOfOne those
+	// that one asker waits for: who asks what no server answers takes nothing from
+	// others.
 	mostAhead = 1024
+	mostOfOne = 64
 )
 
 // forwarder asks upstreams, and remembers what they said. It belongs to one list

@@ -47,7 +47,10 @@ type Config struct {
 	Upstreams []netip.AddrPort
 	// Peers are the addresses that may ask.
 	Peers []netip.Prefix
-	// Rate is how many questions a second each of Peers may ask in the long
+	// Owners says whose each of Peers is: what one owner has is bounded together.
+	// One that is not in it is bounded on its own.
+	Owners map[netip.Prefix]string
+	// Rate is how many questions a second each owner of Peers may ask in the long
 	// run, 100 unless given, and Burst how many at once, 500 unless given. What
 	// is over is dropped.
 	Rate  float64
@@ -101,6 +104,7 @@ type Resolver struct {
 	mu        sync.Mutex
 	listening map[netip.AddrPort]*listener
 	missing   error
+	changed   func()
 }
 
 // setup is one Config, made ready to answer by. It is never changed.
@@ -115,6 +119,7 @@ type setup struct {
 	// askers are the Peers; bits4 and bits6 are the prefix lengths among them,
 	// the longest first.
 	askers       map[netip.Prefix]*asker
+	owners       map[netip.Prefix]string // of askers
 	bits4, bits6 []int
 	ahead        *forwarder // nil without upstreams
 }
@@ -126,6 +131,7 @@ type host struct{ v4, v6 []netip.Addr }
 type asker struct {
 	limiter *rate.Limiter
 	conns   atomic.Int32 // TCP connections that it holds
+	ahead   atomic.Int32 // questions that wait for an upstream
 }
 
 // New makes a resolver that refuses everybody until Apply.
@@ -137,6 +143,10 @@ func New(log *slog.Logger) *Resolver {
 
 // String names the task.
 func (r *Resolver) String() string { return "names" }
+
+// OnListening says what is called, by the goroutine of Run, when Listening has come
+// to be another; it must not wait. It must be set before Run.
+func (r *Resolver) OnListening(changed func()) { r.changed = changed }
 
 // Apply puts a Config in force. Questions are answered by it from the moment
 // that Apply returns; addresses that are new are listened at soon after. What it
@@ -176,7 +186,7 @@ func prepare(c Config, was *setup, now func() time.Time) (*setup, error) {
 	}
 	s := &setup{
 		config: c, hosts: map[string]host{}, wild: map[string]host{}, zones: map[string]bool{},
-		ttl: uint32(min(c.TTL, longestTTL).Seconds()), askers: make(map[netip.Prefix]*asker, len(c.Peers)),
+		ttl: uint32(min(c.TTL, longestTTL).Seconds()), askers: make(map[netip.Prefix]*asker, len(c.Peers)), owners: map[netip.Prefix]string{},
 	}
 	for name, addrs := range c.Hosts {
 		canonical, into := dns.CanonicalName(name), s.hosts
@@ -212,15 +222,22 @@ func prepare(c Config, was *setup, now func() time.Time) (*setup, error) {
 			fail("upstream %s is this resolver: questions would go round in circles", u)
 		}
 	}
+	owned := map[string]*asker{}
 	for _, p := range c.Peers {
 		if !p.IsValid() {
 			fail("%s is no peer's address", p)
 			continue
 		}
+		owner := c.Owners[p]
 		p = p.Masked()
 		a := was.askers[p]
-		if a == nil || was.config.Rate != c.Rate || was.config.Burst != c.Burst {
+		if owned[owner] != nil {
+			a = owned[owner]
+		} else if a == nil || was.owners[p] != owner || was.config.Rate != c.Rate || was.config.Burst != c.Burst {
 			a = &asker{limiter: rate.NewLimiter(rate.Limit(c.Rate), c.Burst)}
+		}
+		if owner != "" {
+			owned[owner], s.owners[p] = a, owner
 		}
 		s.askers[p] = a
 		bits := &s.bits6
@@ -311,6 +328,13 @@ func (r *Resolver) listen() error {
 	want := r.setup.Load().config.Listen
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	were := slices.Collect(maps.Keys(r.listening))
+	defer func() {
+		same := len(were) == len(r.listening) && !slices.ContainsFunc(were, func(at netip.AddrPort) bool { return r.listening[at] == nil })
+		if !same && r.changed != nil {
+			r.changed()
+		}
+	}()
 	for at, l := range r.listening {
 		if !slices.Contains(want, at) || l.ended.Load() {
 			l.close()

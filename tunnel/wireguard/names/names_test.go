@@ -577,6 +577,50 @@ func TestRate(t *testing.T) {
 	g.until("the connections above the bound are closed", func() bool { return g.r.Status().Counts.Limited == 15+5 })
 }
 
+// TestOneAskerOfMany has one peer ask what no upstream answers: it waits alone, and
+// its addresses are one asker.
+func TestOneAskerOfMany(t *testing.T) {
+	gate := make(chan struct{})
+	up := newUpstream(t, func(_ string, q *dns.Msg) *dns.Msg {
+		if strings.HasPrefix(q.Question[0].Name, "never") {
+			<-gate
+		}
+		return reply(q, dns.RcodeSuccess, q.Question[0].Name+" 0 IN A 192.0.2.1")
+	})
+	t.Cleanup(func() { close(gate) })
+	one, two, other := netip.MustParsePrefix("127.0.0.1/32"), netip.MustParsePrefix("127.0.0.2/32"), netip.MustParsePrefix("127.0.0.3/32")
+	c := Config{Upstreams: []netip.AddrPort{up.at}, Peers: []netip.Prefix{one, two, other}, Owners: map[netip.Prefix]string{one: "alice", two: "alice", other: "bob"}}
+	g := newRig(t, c)
+	s := g.r.setup.Load()
+	if s.askers[one] != s.askers[two] || s.askers[one] == s.askers[other] {
+		t.Error("addresses and askers do not go together")
+	}
+	before := s.askers[one]
+	c.Owners = map[netip.Prefix]string{one: "carol", two: "alice", other: "bob"}
+	g.apply(c)
+	if s := g.r.setup.Load(); s.askers[one] == before || s.askers[one] == s.askers[two] || s.askers[two] != before {
+		t.Error("an address that is another's now is counted with the former one's")
+	}
+	conn, err := net.DialUDP("udp", &net.UDPAddr{IP: net.ParseIP("127.0.0.2")}, net.UDPAddrFromAddrPort(g.at))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	for i := range mostOfOne + 20 {
+		text, err := query(fmt.Sprintf("never%d.example.com.", i), "A", 0).Pack()
+		if err == nil {
+			_, err = conn.Write(text)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	g.until("what is too much is not waited for", func() bool { return g.r.Status().Counts.Limited == 20 })
+	if m, err := g.exchange("udp", "127.0.0.3", query("www.example.com.", "A", 0)); err != nil || said(m) != "NOERROR A 192.0.2.1" {
+		t.Errorf("another peer: %v %v", m, err)
+	}
+}
+
 func TestSwap(t *testing.T) {
 	up := newUpstream(t, func(_ string, q *dns.Msg) *dns.Msg {
 		return reply(q, dns.RcodeSuccess, q.Question[0].Name+" 600 IN A 192.0.2.1")

@@ -79,6 +79,40 @@ func (f *File) networks() []netip.Prefix {
 	return out
 }
 
+// Foreign are the networks in which devices of f have addresses and that the VPN
+// does not have, an address alone where f does not say its network. Declare has
+// others assigned to those devices, which they learn of by a new configuration.
+func (f *File) Foreign(c *wireguard.Config) []netip.Prefix {
+	networks, before := c.Networks(), f.networks()
+	var out []netip.Prefix
+	see := func(a netip.Prefix) {
+		if !a.IsSingleIP() || slices.ContainsFunc(networks, func(n netip.Prefix) bool { return n.Contains(a.Addr()) }) {
+			return
+		}
+		network := a
+		if i := slices.IndexFunc(before, func(n netip.Prefix) bool { return n.Contains(a.Addr()) }); i >= 0 {
+			network = before[i]
+		} else if len(before) > 0 {
+			return // a single machine behind a peer
+		}
+		if !slices.Contains(out, network) {
+			out = append(out, network)
+		}
+	}
+	if !f.Server() {
+		for _, a := range f.Interface.Addresses {
+			see(netip.PrefixFrom(a.Addr(), a.Addr().BitLen()))
+		}
+		return out
+	}
+	for i := range f.Peers {
+		for _, a := range f.Peers[i].AllowedIPs {
+			see(a)
+		}
+	}
+	return out
+}
+
 // moved says what devices know of the server that the gateway has otherwise.
 func (f *File) moved(c *wireguard.Config) []string {
 	var out []string
@@ -101,7 +135,7 @@ func place(c *wireguard.Config, p *wireguard.Peer, allowed, before []netip.Prefi
 	networks := c.Networks()
 	for _, a := range allowed {
 		inVPN := slices.ContainsFunc(networks, func(n netip.Prefix) bool { return n.Contains(a.Addr()) && a.Bits() >= n.Bits() })
-		wasVPN := slices.ContainsFunc(before, func(n netip.Prefix) bool { return n.Contains(a.Addr()) && a.Bits() >= n.Bits() })
+		wasVPN := slices.ContainsFunc(before, func(n netip.Prefix) bool { return n.Contains(a.Addr()) && a.Bits() >= n.Bits() }) || len(before) == 0 && a.IsSingleIP()
 		another := slices.ContainsFunc(p.Addresses, func(b netip.Addr) bool { return b.BitLen() == a.Addr().BitLen() })
 		switch {
 		case a.Bits() == 0:
@@ -111,7 +145,7 @@ func place(c *wireguard.Config, p *wireguard.Peer, allowed, before []netip.Prefi
 		case inVPN:
 			say("%s is left out: a peer has one address of each family", a)
 		case wasVPN:
-			say("%s is none of the VPN's (%s): it gets another, and its device a new configuration", a, joined(networks))
+			say("%s is none of the VPN's (%s): it gets another, and its device needs a new configuration", a, joined(networks))
 		default:
 			p.AllowedIPs = append(p.AllowedIPs, a)
 		}

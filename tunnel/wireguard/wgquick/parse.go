@@ -69,6 +69,7 @@ type parser struct {
 	// out, which lines that are commented out belong to.
 	live, shut *section
 	peers      []*section
+	opened     bool // there was a section
 }
 
 // section is one under way.
@@ -89,7 +90,8 @@ func Parse(name string, text []byte) (File, error) {
 		n++
 		p.read(n, strings.TrimRight(line, "\r\n"))
 	}
-	if p.live == nil && p.shut == nil && len(p.problems) == 0 {
+	if !p.opened && len(p.problems) != 1 { // what else is wrong with it says nothing more
+		p.problems = nil
 		p.fail(1, 1, "there is no section [Interface] or [Peer]: this is no configuration of WireGuard")
 	}
 	taken := map[wireguard.Name]bool{}
@@ -181,7 +183,9 @@ func (p *parser) open(n int, head string, live bool) {
 	p.comments = nil
 	switch {
 	case strings.EqualFold(head, "[Interface]"):
+		p.opened = true
 	case strings.EqualFold(head, "[Peer]"):
+		p.opened = true
 		s.peer = &Peer{Enabled: live, Line: n}
 		p.peers = append(p.peers, s)
 	default:

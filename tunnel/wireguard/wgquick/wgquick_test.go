@@ -1,6 +1,8 @@
 package wgquick
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -9,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"github.com/edgeward/edgeward/internal/config"
 	"github.com/edgeward/edgeward/tunnel/wireguard"
 )
 
@@ -178,6 +181,7 @@ func TestParseNamesTheLine(t *testing.T) {
 	for text, want := range map[string]string{
 		"":                                               "wg0.conf:1:1: there is no section [Interface] or [Peer]",
 		"MTU = 1420":                                     "wg0.conf:1:1: this setting is in no section",
+		"a: 1\n\nb: [x]\n\n[y]\n  - c\n":                 "wg0.conf:1:1: there is no section [Interface] or [Peer]: this is no configuration of WireGuard",
 		"[Interface]\nPrivateKey = x":                    "wg0.conf:2:14: PrivateKey: want a key of 44 characters",
 		"[Interface]\nMTU":                               "wg0.conf:2:1: want a setting and its value",
 		"[Interface]\nMTU = -1":                          `wg0.conf:2:7: MTU: "-1": want a number`,
@@ -197,6 +201,37 @@ func TestParseNamesTheLine(t *testing.T) {
 		_, err := Parse("wg0.conf", []byte(text))
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), private[:32]) {
 			t.Errorf("%q: %v, want %s", text, err, want)
+		}
+		if problems, _ := errors.AsType[config.Problems](err); strings.Contains(want, "this is no configuration") && len(problems) != 1 {
+			t.Errorf("%q: another kind of file is %d lines", text, len(problems))
+		}
+	}
+}
+
+// TestForeign holds that addresses of other networks are found, and what lies
+// behind a peer is none.
+func TestForeign(t *testing.T) {
+	c := declared(t)
+	server := func(address string, allowed ...string) string {
+		text := "[Interface]\nListenPort = 51820\n" + address + "\n"
+		for i, a := range allowed {
+			text += "[Peer]\nPublicKey = " + []string{key1, key2}[i] + "\nAllowedIPs = " + a + "\n"
+		}
+		return text
+	}
+	for text, want := range map[string]string{
+		server("Address = 10.66.0.1/24", "10.66.0.7/32, 192.168.9.7/32", "fd66::7/128"):                                                                              "[]",
+		server("Address = 10.8.0.1/24, fd8::1/64", "10.8.0.3/32, 192.168.9.0/24"):                                                                                    "[10.8.0.0/24]",
+		server("Address = 10.8.0.1/24, fd8::1/64", "10.8.0.3/32, fd8::3/128", "10.8.0.4/32"):                                                                         "[10.8.0.0/24 fd8::/64]",
+		server("", "10.8.0.3/32, 192.168.9.0/24", "10.66.0.7/32"):                                                                                                    "[10.8.0.3/32]",
+		"[Interface]\nPrivateKey = " + private + "\nAddress = 10.8.0.3/24\n[Peer]\nPublicKey = " + key1 + "\nAllowedIPs = 10.8.0.0/24\nEndpoint = a.example.com:1\n": "[10.8.0.0/24]",
+	} {
+		f, err := Parse("wg0.conf", []byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprint(f.Foreign(c)); got != want {
+			t.Errorf("%s\n%s, want %s", text, got, want)
 		}
 	}
 }
@@ -244,7 +279,7 @@ AllowedIPs = 10.8.0.2/32
 		"devices dial port 51820, and wireguard.listenPort is 51830: change one of them",
 		"peer-1: 0.0.0.0/0 is left out: a peer speaks for networks of its own, and not for all",
 		"peer-1: 10.66.0.8/32 is left out: a peer has one address of each family",
-		"old: 10.8.0.2/32 is none of the VPN's (10.66.0.0/24, fd66::/64): it gets another, and its device a new configuration",
+		"old: 10.8.0.2/32 is none of the VPN's (10.66.0.0/24, fd66::/64): it gets another, and its device needs a new configuration",
 	}
 	if diff := cmp.Diff(wantNotes, notes); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
