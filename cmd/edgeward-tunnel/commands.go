@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,10 +22,11 @@ import (
 
 // commands is the command line.
 func commands() *cobra.Command {
-	var path string
+	var path, socket string
 	var role roles
 	root := command.New("edgeward-tunnel", "Keep public hosts reachable through Cloudflare without banned visitors, and internal ones through a VPN")
 	root.PersistentFlags().StringVar(&path, "config", "/etc/edgeward/tunnel.yaml", "configuration `FILE`")
+	root.PersistentFlags().StringVar(&socket, "socket", "", "unix socket `FILE` at which the running program is asked (default: what the configuration says)")
 	root.PersistentFlags().Var(&role, "role", "what to be: cloudflare, wireguard, or both with a comma (default: what the file has sections for)")
 	root.AddCommand(
 		&cobra.Command{
@@ -37,16 +39,16 @@ func commands() *cobra.Command {
 			Use: "status", Short: "Show tunnels, connections and hosts, and the VPN", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
 				var s standing
-				return ask(cmd, path, "/v1/status", nil, &s, statusTable)
+				return ask(cmd, path, socket, "/v1/status", nil, &s, statusTable)
 			},
 		},
-		whyCommand(&path),
+		whyCommand(&path, &socket),
 	)
 	return root
 }
 
 // whyCommand is the verb that explains a verdict.
-func whyCommand(path *string) *cobra.Command {
+func whyCommand(path, socket *string) *cobra.Command {
 	var country string
 	command := &cobra.Command{
 		Use: "why ADDR", Short: "Show what applies to a visitor's address, and why", Args: cobra.ExactArgs(1),
@@ -59,7 +61,7 @@ func whyCommand(path *string) *cobra.Command {
 				return fmt.Errorf("%q: want the two letters of a country", country)
 			}
 			var w tunnel.Why
-			return ask(cmd, *path, "/v1/why", url.Values{"address": {addr.String()}, "country": {country}}, &w, whyTable)
+			return ask(cmd, *path, *socket, "/v1/why", url.Values{"address": {addr.String()}, "country": {country}}, &w, whyTable)
 		},
 	}
 	command.Flags().StringVar(&country, "country", "", "two letters of the visitor's country, which only Cloudflare knows")
@@ -88,14 +90,18 @@ func checkCommand(path *string, role *roles) *cobra.Command {
 					return nil
 				})...)
 			}
-			if err == nil {
-				fmt.Fprintf(cmd.OutOrStdout(), "%s: ok\n", *path)
-			}
 			warnings := c.Warnings()
 			if role.wireguard && !noFiles {
-				for _, f := range c.VPN().Leftover() {
-					warnings = append(warnings, fmt.Sprintf("%s is the preshared key of no peer: remove it if it is not to be used again", f))
+				if keyErr := c.VPN().CheckKey(); keyErr != nil {
+					err = errors.Join(err, fmt.Errorf("%s: %w", *path, keyErr))
 				}
+				warnings = slices.Concat(warnings, gateway.Crossings(c.VPN()))
+				if err == nil { // what else is wrong with files has been said
+					warnings = slices.Concat(warnings, c.VPN().FileWarnings())
+				}
+			}
+			if err == nil {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s: ok\n", *path)
 			}
 			for _, w := range warnings {
 				fmt.Fprintf(cmd.OutOrStdout(), "warning: %s\n", w)
@@ -107,19 +113,23 @@ func checkCommand(path *string, role *roles) *cobra.Command {
 	return command
 }
 
-// ask puts a question to the running program and shows the answer.
-func ask[T any](cmd *cobra.Command, path, question string, query url.Values, into *T, table func(io.Writer, T)) error {
-	c, err := tunnel.Load(path)
-	if err != nil {
-		return err
+// ask puts a question to the running program and shows the answer. A file that is
+// wrong or gone does not keep it from that, and is an error all the same.
+func ask[T any](cmd *cobra.Command, path, socket, question string, query url.Values, into *T, table func(io.Writer, T)) error {
+	var wrong error
+	if socket == "" {
+		c, err := tunnel.Load(path)
+		if socket, wrong = c.Socket, err; err != nil {
+			socket = tunnel.SocketOf(path)
+		}
 	}
-	if c.Socket == "" {
+	if socket == "" {
 		return fmt.Errorf("%s names no socket to ask at", path)
 	}
-	if err := daemon.Ask(cmd.Context(), c.Socket, question, query, into); err != nil {
-		return err
+	if err := daemon.Ask(cmd.Context(), socket, question, query, into); err != nil {
+		return errors.Join(wrong, err)
 	}
-	return command.Show(cmd, *into, table)
+	return errors.Join(command.Show(cmd, *into, table), wrong)
 }
 
 // lines writes lines of a table, each a name and what it stands for.
@@ -157,9 +167,14 @@ func vpnTable(w io.Writer, v *gateway.Report) {
 		}
 	}
 	fmt.Fprintln(w)
-	line("vpn", "%s by %s, port %d, last in step %s", v.Interface, command.OrDash(string(v.Mode)), v.ListenPort, command.Ago(v.LastGood))
+	line("vpn", "%s by %s, port %d, last in step %s", command.OrDash(v.Interface), command.OrDash(string(v.Mode)), v.ListenPort, command.Ago(v.LastGood))
 	line("public key", "%s", v.PublicKey)
 	line("peers", "%d live, %d of them connected, %d disabled, %d expired, %d unready", states[wireguard.Live], connected, states[wireguard.Disabled], states[wireguard.Expired], states[wireguard.Unready])
+	for _, p := range v.Peers {
+		if p.State == wireguard.Unready {
+			line("unready", "%s: %s", p.Name, p.Why)
+		}
+	}
 	line("names", "%d hosts, answering at %d addresses", v.Names.Hosts, len(v.Names.Listening))
 	if len(v.Names.Upstreams) > 0 {
 		whose := ""

@@ -12,8 +12,10 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -47,7 +49,11 @@ func run(ctx context.Context, path string, role roles) error {
 	}
 	log.Info("starting", "version", daemon.Version().String(), "role", role.String(), "mode", string(c.Mode), "tunnels", len(c.Tunnels), "hosts", len(c.Hosts), "peers", len(c.Peers))
 
-	all := &process{watcher: watcher, role: role}
+	file, err := filepath.Abs(path)
+	if err != nil {
+		return fmt.Errorf("find the configuration: %w", err)
+	}
+	all := &process{file: file, watcher: watcher, role: role}
 	tasks := []daemon.Task{watcher}
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), all.inForce())
@@ -74,7 +80,7 @@ func run(ctx context.Context, path string, role roles) error {
 	})
 	// Visitors and peers matter more than questions: an address that another
 	// program has is waited for.
-	server := daemon.Listen(c.Listen, daemon.Endpoints{Metrics: metrics, Ready: all.ready, Status: func() any { return all.standing() }, Log: log})
+	server := daemon.Listen(c.Listen, daemon.Endpoints{Metrics: metrics, Ready: all.ready, Status: func() any { return all.outline() }, Log: log})
 	tasks = append(tasks, server)
 	if c.Socket != "" {
 		if socket, err := daemon.ListenSocket(c.Socket, all.answers(), all.orders(), log); err != nil {

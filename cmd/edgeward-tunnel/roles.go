@@ -13,6 +13,7 @@ import (
 	"github.com/edgeward/edgeward/internal/daemon"
 	"github.com/edgeward/edgeward/tunnel"
 	"github.com/edgeward/edgeward/tunnel/cloudflare/api"
+	"github.com/edgeward/edgeward/tunnel/wireguard"
 	"github.com/edgeward/edgeward/tunnel/wireguard/gateway"
 )
 
@@ -67,6 +68,7 @@ func (r roles) of(path string, c *tunnel.Config) (roles, error) {
 // process holds what the roles of this process need; nil is for a role that it does
 // not have.
 type process struct {
+	file    string // the whole path of the configuration
 	watcher *tunnel.Watcher
 	role    roles
 	public  *public
@@ -149,6 +151,16 @@ func (p *process) standing() standing {
 	return s
 }
 
+// outline is standing without what tells of single peers: any user of the machine
+// may ask for it.
+func (p *process) outline() standing {
+	s := p.standing()
+	if s.VPN != nil {
+		s.VPN.Peers, s.VPN.Denied = []wireguard.PeerStatus{}, []gateway.Attempt{}
+	}
+	return s
+}
+
 // wrong is what the last turn at Cloudflare could not do, and what it found that
 // only the operator can mend.
 func wrong(r api.Report) []string {
@@ -164,6 +176,9 @@ func wrong(r api.Report) []string {
 // answers are what the command line may ask.
 func (p *process) answers() daemon.Answers {
 	all := daemon.Answers{"/v1/status": func(url.Values) (any, error) { return p.standing(), nil }}
+	all["/v1/why"] = func(url.Values) (any, error) {
+		return nil, errors.New("this gateway serves the VPN alone, and judges no visitors; `edgeward peer show NAME` says what a peer may reach")
+	}
 	if p.public != nil {
 		all["/v1/why"] = func(query url.Values) (any, error) {
 			addr, err := netip.ParseAddr(query.Get("address"))
@@ -174,7 +189,11 @@ func (p *process) answers() daemon.Answers {
 		}
 	}
 	if p.vpn != nil {
-		all["/v1/vpn"] = func(url.Values) (any, error) { return p.vpn.Status(), nil }
+		all["/v1/vpn"] = func(url.Values) (any, error) {
+			s := p.vpn.Status()
+			s.File, s.FileProblem = p.file, p.watcher.Trouble()
+			return s, nil
+		}
 		all["/v1/vpn/desired"] = func(url.Values) (any, error) { return p.vpn.Desired(), nil }
 	}
 	return all

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -20,23 +23,27 @@ import (
 	"github.com/edgeward/edgeward/tunnel/wireguard/book"
 )
 
+// socketFlag names the flag for another socket than the file's.
+const socketFlag = "socket"
+
 // peerCommands are the verbs on peers. path is where the flag --config is kept.
 func peerCommands(path *string) *cobra.Command {
 	peer := &cobra.Command{Use: "peer", Short: "Peers of the VPN: who they are, how they fare, what they may reach"}
+	peer.PersistentFlags().String(socketFlag, "", "ask the gateway at the socket `FILE` (default: what the configuration says)")
 	peer.AddCommand(
 		addCommand(path),
 		rotateCommand(path),
 		importCommand(path),
-		onPeer(path, &cobra.Command{Use: "revoke NAME", Short: "Take a peer out of the file: it is cut off at once"}, revoke),
+		revokeCommand(path),
 		onPeer(path, &cobra.Command{Use: "enable NAME", Short: "Let in a peer that was shut out"}, setEnabled(true)),
 		onPeer(path, &cobra.Command{Use: "disable NAME", Short: "Shut a peer out, and keep all that is declared of it"}, setEnabled(false)),
-		onPeer(path, &cobra.Command{Use: "show NAME", Short: "Show all about a peer but its secrets, and what it reaches and why"}, showPeer),
+		showCommand(path),
 		&cobra.Command{
 			Use: "list", Short: "Show all peers, with what the gateway knows of them", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
 				v, err := openVPN(cmd, *path)
 				if err != nil {
-					return err
+					return listRunning(cmd, *path, err)
 				}
 				return listPeers(cmd, v)
 			},
@@ -75,28 +82,33 @@ func onPeer(path *string, cmd *cobra.Command, do func(*cobra.Command, *vpn, *wir
 // vpn is the VPN as the file declares it and, where it answers, as the gateway
 // has it.
 type vpn struct {
-	path   string
-	config *wireguard.Config
-	socket string
+	path     string
+	text     []byte // of the file, as it was read
+	config   *wireguard.Config
+	warnings []string
+	socket   string
 	// status is nil where the gateway was not reached, and silent says why.
 	status *wireguard.Status
 	silent error
 	leases wireguard.Leases
+	// inForce says that the gateway has taken over the last change.
+	inForce bool
 }
 
 func openVPN(cmd *cobra.Command, path string) (*vpn, error) {
-	c, err := tunnel.Load(path)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	c, err := tunnel.Parse(path, text)
 	if err != nil {
 		return nil, err
 	}
-	v := &vpn{path: path, config: c.VPN(), socket: c.Socket}
+	v := &vpn{path: path, text: text, config: c.VPN(), warnings: c.Warnings(), socket: cmp.Or(cmd.Flag(socketFlag).Value.String(), c.Socket)}
 	if !v.config.Declared() {
 		return nil, fmt.Errorf("%s declares no VPN: give it a section wireguard with the gateway's addresses, such as [10.66.0.1/24, fd66::1/64]", path)
 	}
-	var s wireguard.Status
-	if v.silent = v.ask(cmd.Context(), "/v1/vpn", &s); v.silent == nil {
-		v.status = &s
-	}
+	v.askStatus(cmd.Context())
 	// The addresses that the gateway gave to peers without any: from its file and,
 	// where it answers, from itself. On another machine neither is at hand, and
 	// most are the same all the same.
@@ -114,6 +126,29 @@ func openVPN(cmd *cobra.Command, path string) (*vpn, error) {
 		}
 	}
 	return v, nil
+}
+
+// askStatus asks the gateway how it fares.
+func (v *vpn) askStatus(ctx context.Context) {
+	var s wireguard.Status
+	v.status = nil
+	if v.silent = v.ask(ctx, "/v1/vpn", &s); v.silent == nil {
+		v.status = &s
+	}
+}
+
+// elsewhere reports whether the gateway that answers follows another file than
+// this one. One that does not say so is taken to follow this one.
+func (v *vpn) elsewhere() bool {
+	if v.status == nil || v.status.File == "" {
+		return false
+	}
+	mine, err := os.Stat(v.path)
+	if err != nil {
+		return false
+	}
+	theirs, err := os.Stat(v.status.File)
+	return err != nil || !os.SameFile(mine, theirs)
 }
 
 // ask puts a question to the gateway.
@@ -183,8 +218,12 @@ func (v *vpn) server(c *wireguard.Config) wireguard.PublicKey {
 	return wireguard.PublicKey{}
 }
 
-// editTimeout is how long another edit of the file may take.
-const editTimeout = 10 * time.Second
+// editTimeout is how long another edit of the file may take, and settleTimeout how
+// long the gateway may take to have an edit in force before something is amiss.
+const (
+	editTimeout   = 10 * time.Second
+	settleTimeout = 3 * time.Second
+)
 
 // change edits the file, once accepted, if any, has seen what it comes to, and
 // says what that does to peers and sessions. What edit gets is the file as it is
@@ -194,14 +233,19 @@ func (v *vpn) change(cmd *cobra.Command, edit func(text []byte, c *wireguard.Con
 	defer cancel()
 	was := v.config
 	err := book.Edit(ctx, v.path, func(text []byte) ([]byte, error) {
-		c, err := tunnel.Parse(v.path, text)
-		if err != nil {
-			return nil, err
+		if !bytes.Equal(text, v.text) { // ten thousand peers take a while to read
+			c, err := tunnel.Parse(v.path, text)
+			if err != nil {
+				return nil, err
+			}
+			was = c.VPN()
 		}
-		was = c.VPN()
 		return edit(text, was)
 	}, func(text []byte) error {
 		c, err := tunnel.Parse(v.path, text)
+		if err == nil {
+			err = v.ownKey(was, c.VPN())
+		}
 		if err != nil {
 			return errors.Join(errors.New("nothing is written, because the file would be wrong"), err)
 		}
@@ -214,20 +258,107 @@ func (v *vpn) change(cmd *cobra.Command, edit func(text []byte, c *wireguard.Con
 	if err != nil {
 		return err
 	}
-	say(cmd, "%s: %s", v.path, wireguard.NewPlan(v.desired(was), v.desired(v.config)))
-	if v.status == nil {
-		say(cmd, "it takes effect where a gateway reads this file: %v", v.silent)
-	} else if err := daemon.Order(cmd.Context(), v.socket, "/v1/reload", nil, &struct{}{}); err != nil {
-		say(cmd, "the gateway reads it within seconds")
-	} else {
-		say(cmd, "the gateway reads it now")
+	plan := wireguard.NewPlan(v.desired(was), v.desired(v.config))
+	if v.status != nil && !v.elsewhere() {
+		plan = plan.Among(v.connected())
+	}
+	say(cmd, "%s: %s", v.path, plan)
+	v.settle(cmd, plan)
+	return nil
+}
+
+// ownKey fails if a peer is given the gateway's own key, which the file need not
+// hold. The words are those of the file's check, which knows only what does.
+func (v *vpn) ownKey(was, now *wireguard.Config) error {
+	own := v.server(now)
+	has := func(p *wireguard.Peer) bool {
+		return p != nil && !own.IsZero() && (p.PublicKey == own || p.NextPublicKey == own)
+	}
+	for i := range now.Peers {
+		if p := &now.Peers[i]; has(p) && !has(was.Peer(p.Name)) {
+			key := "publicKey"
+			if p.NextPublicKey == own {
+				key = "nextPublicKey"
+			}
+			return fmt.Errorf("peers[%d].%s: is the gateway's own: every peer has its own", i, key)
+		}
 	}
 	return nil
 }
 
+// connected are the peers that have a session.
+func (v *vpn) connected() map[wireguard.Name]bool {
+	out := map[wireguard.Name]bool{}
+	if v.status != nil {
+		for i := range v.status.Peers {
+			out[v.status.Peers[i].Name] = connected(&v.status.Peers[i], time.Now())
+		}
+	}
+	return out
+}
+
+// settle has the gateway read the file, and says what came of the changes.
+func (v *vpn) settle(cmd *cobra.Command, plan wireguard.Plan) {
+	switch {
+	case v.status == nil:
+		say(cmd, "it takes effect where a gateway reads this file: %v", v.silent)
+		return
+	case v.elsewhere():
+		say(cmd, "it takes effect where a gateway reads this file: the one at %s reads %s", v.socket, v.status.File)
+		return
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), settleTimeout)
+	defer cancel()
+	if err := daemon.Order(ctx, v.socket, "/v1/reload", nil, &struct{}{}); err != nil {
+		say(cmd, "the gateway could not be told, and reads the file within seconds: %v", err)
+		return
+	}
+	touched := map[wireguard.Name]bool{}
+	for _, c := range plan.Changes {
+		touched[c.Peer] = c.Peer != ""
+	}
+	want := v.desired(v.config)
+	kept := 0 // how often what was missing was a peer that the gateway keeps out
+	for pause := 20 * time.Millisecond; !v.inForce && kept < 6 && ctx.Err() == nil; pause *= 2 {
+		var d wireguard.Desired
+		if err := v.ask(ctx, "/v1/vpn/desired", &d); err == nil {
+			v.inForce = !slices.ContainsFunc(wireguard.NewPlan(d, want).Changes, func(c wireguard.Change) bool { return touched[c.Peer] })
+			if slices.ContainsFunc(d.Idle, func(p wireguard.IdlePeer) bool { return touched[p.Name] && p.State == wireguard.Unready }) {
+				kept++
+			}
+		}
+		if !v.inForce {
+			select {
+			case <-ctx.Done():
+			case <-time.After(pause):
+			}
+		}
+	}
+	if v.askStatus(cmd.Context()); v.status == nil {
+		say(cmd, "the gateway does not answer any more: %v", v.silent)
+		return
+	}
+	trouble := cmp.Or(v.status.FileProblem, v.status.Problem)
+	for i := range v.status.Peers {
+		if p := &v.status.Peers[i]; touched[p.Name] && p.State == wireguard.Unready {
+			trouble = cmp.Or(trouble, fmt.Sprintf("%s is unready: %s", p.Name, p.Why))
+		}
+	}
+	switch {
+	case v.inForce && trouble == "":
+		say(cmd, "the gateway has it in force")
+	case v.inForce:
+		say(cmd, "the gateway has it in force, and a trouble: %s", trouble)
+	case trouble != "":
+		say(cmd, "the gateway has not got it in force: %s", trouble)
+	default:
+		say(cmd, "the gateway has not got it in force yet: edgeward-tunnel status tells when")
+	}
+}
+
 // say tells what is not the output that was asked for.
 func say(cmd *cobra.Command, format string, args ...any) {
-	fmt.Fprintf(cmd.ErrOrStderr(), format+"\n", args...)
+	fmt.Fprintln(cmd.ErrOrStderr(), command.Printable(fmt.Sprintf(format, args...)))
 }
 
 // reached is a service that a peer may reach.
@@ -237,7 +368,7 @@ type reached struct {
 	Addresses []string       `json:"addresses"`
 	Ports     []string       `json:"ports"`
 	// Through are the subjects of the grants, such as group:family.
-	Through []string `json:"through"`
+	Through []string `json:"through,omitempty"`
 }
 
 // String is the service, and why it is reached.
@@ -254,19 +385,23 @@ func reaches(c *wireguard.Config, p *wireguard.Peer) []reached {
 		if !ok {
 			continue
 		}
-		r := reached{Service: s.Name, Host: s.Host}
-		for _, a := range s.Addresses {
-			r.Addresses = append(r.Addresses, strings.TrimSuffix(strings.TrimSuffix(a.String(), "/32"), "/128"))
-		}
-		for _, p := range s.Ports {
-			r.Ports = append(r.Ports, p.String())
-		}
-		for _, t := range through {
-			r.Through = append(r.Through, t.String())
-		}
-		out = append(out, r)
+		out = append(out, reachedBy(&s, through))
 	}
 	return out
+}
+
+func reachedBy(s *wireguard.Service, through []wireguard.Subject) reached {
+	r := reached{Service: s.Name, Host: s.Host}
+	for _, a := range s.Addresses {
+		r.Addresses = append(r.Addresses, strings.TrimSuffix(strings.TrimSuffix(a.String(), "/32"), "/128"))
+	}
+	for _, p := range s.Ports {
+		r.Ports = append(r.Ports, p.String())
+	}
+	for _, t := range through {
+		r.Through = append(r.Through, t.String())
+	}
+	return r
 }
 
 // tellReach says in a line what a peer may reach.

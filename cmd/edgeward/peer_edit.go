@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -45,11 +47,11 @@ func addCommand(path *string) *cobra.Command {
 				return err
 			}
 			if err := errors.Join(parseAll(groups, "--group", wireguard.ParseName, &p.Groups),
-				parseAll(addresses, "--address", netip.ParseAddr, &p.Addresses),
-				parseAll(behind, "--allowed-ips", netip.ParsePrefix, &p.AllowedIPs)); err != nil {
+				parseAll(addresses, "--address", parseAddress, &p.Addresses),
+				parseAll(behind, "--allowed-ips", parseNetwork, &p.AllowedIPs)); err != nil {
 				return err
 			}
-			if err := h.keys(v, string(p.Name)+".psk"); err != nil {
+			if err := h.keys(v, p.Name); err != nil {
 				return err
 			}
 			p.PublicKey, p.PresharedKeyFile = h.key, config.File(h.presharedFile)
@@ -74,11 +76,11 @@ func addCommand(path *string) *cobra.Command {
 	}
 	h.flags(cmd)
 	f := cmd.Flags()
-	f.StringSliceVar(&groups, "group", nil, "put it into a `GROUP`; may be given again")
+	f.StringArrayVar(&groups, "group", nil, "put it into a `GROUP`; may be given again")
 	f.StringVar(&expires, "expires", "", "shut it out `WHEN`: in 30d or 12h, after 2027-01-31, at 2027-01-31T18:00:00Z")
-	f.StringSliceVar(&addresses, "address", nil, "give it this `ADDRESS`, and not the next free one; one of each family")
+	f.StringArrayVar(&addresses, "address", nil, "give it this `ADDRESS`, and not the next free one; one of each family")
 	f.BoolVar(&p.FullTunnel, "full-tunnel", false, "have the device send all its traffic to the gateway")
-	f.StringSliceVar(&behind, "allowed-ips", nil, "a `NETWORK` behind the peer, for which it speaks; may be given again")
+	f.StringArrayVar(&behind, "allowed-ips", nil, "a `NETWORK` behind the peer, for which it speaks; may be given again")
 	// The flag was made above, so there is nothing to fail.
 	_ = cmd.RegisterFlagCompletionFunc("group", completeGroups(path))
 	return cmd
@@ -107,16 +109,43 @@ func completeGroups(path *string) cobra.CompletionFunc {
 	}
 }
 
-// parseAll parses the values of a flag.
+// parseAll parses the values of a flag, each of which may hold several with
+// commas.
 func parseAll[T any](texts []string, flag string, parse func(string) (T, error), into *[]T) error {
-	for _, text := range texts {
-		v, err := parse(text)
-		if err != nil {
-			return fmt.Errorf("%s: %w", flag, err)
+	for _, several := range texts {
+		for text := range strings.SplitSeq(several, ",") {
+			v, err := parse(strings.TrimSpace(text))
+			if err != nil {
+				return fmt.Errorf("%s: %w", flag, err)
+			}
+			*into = append(*into, v)
 		}
-		*into = append(*into, v)
 	}
 	return nil
+}
+
+// parseAddress reads an address that a peer may have.
+func parseAddress(text string) (netip.Addr, error) {
+	a, err := netip.ParseAddr(text)
+	if err != nil || a.Zone() != "" || a.Is4In6() {
+		return netip.Addr{}, fmt.Errorf("%q: want an address of the VPN such as 10.66.0.9 or fd66::9", text)
+	}
+	return a, nil
+}
+
+// parseNetwork reads a network, or an address, which is a network of one.
+func parseNetwork(text string) (netip.Prefix, error) {
+	if a, err := netip.ParseAddr(text); err == nil && a.Zone() == "" && !a.Is4In6() {
+		return netip.PrefixFrom(a, a.BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(text)
+	switch {
+	case err != nil || p.Addr().Is4In6():
+		return netip.Prefix{}, fmt.Errorf("%q: want a network behind the peer such as 192.168.9.0/24 or fd99::/64", text)
+	case p != p.Masked():
+		return netip.Prefix{}, fmt.Errorf("%q: has an address in it: want the network, %s", text, p.Masked())
+	}
+	return p, nil
 }
 
 // expiry reads when a peer expires: after a time, at the end of a day here, or at
@@ -164,13 +193,12 @@ func rotateCommand(path *string) *cobra.Command {
 			return finishRotation(cmd, v, p, force)
 		case !p.NextPublicKey.IsZero():
 			return fmt.Errorf("%s has a new key already: --finish makes it the only one, --cancel drops it", p.Name)
+		case !p.Enabled:
+			return fmt.Errorf("%s is disabled, and no key of it counts: edgeward peer enable %s comes first", p.Name, p.Name)
+		case !p.Expires.IsZero() && !p.Expires.After(time.Now()):
+			return fmt.Errorf("%s expired at %s, and no key of it counts: change expires in the file first", p.Name, command.Moment(p.Expires.Time))
 		}
-		// One of the two names is free: the other is that of the key in use.
-		file := string(p.Name) + ".psk"
-		if file == filepath.Base(string(p.PresharedKeyFile)) {
-			file = string(p.Name) + ".next.psk"
-		}
-		if err := h.keys(v, file); err != nil {
+		if err := h.keys(v, p.Name); err != nil {
 			return err
 		}
 		var m made
@@ -208,8 +236,7 @@ func finishRotation(cmd *cobra.Command, v *vpn, p *wireguard.Peer, force bool) e
 	if err := v.change(cmd, func(text []byte, _ *wireguard.Config) ([]byte, error) { return book.Finish(text, p.Name) }, nil); err != nil {
 		return err
 	}
-	spent(cmd, v, old)
-	return nil
+	return spent(cmd, v, old)
 }
 
 func cancelRotation(cmd *cobra.Command, v *vpn, p *wireguard.Peer) error {
@@ -222,29 +249,60 @@ func cancelRotation(cmd *cobra.Command, v *vpn, p *wireguard.Peer) error {
 	}, nil); err != nil {
 		return err
 	}
-	spent(cmd, v, next)
-	return nil
+	return spent(cmd, v, next)
 }
 
-// spent says what to do with the file of a preshared key that no peer needs any
-// more. It is not removed here: a gateway that has not read the file yet would
-// miss it.
-func spent(cmd *cobra.Command, v *vpn, file config.File) {
-	if file == "" || slices.Contains(v.config.Files(), file) {
-		return
+// spent removes files of preshared keys that no peer needs any more, where they are
+// those that this program makes and the gateway has let go of them; of others it
+// says what to do.
+func spent(cmd *cobra.Command, v *vpn, files ...config.File) error {
+	var errs []error
+	for _, file := range files {
+		if file == "" || slices.Contains(v.config.Files(), file) {
+			continue
+		}
+		if v.inForce && filepath.Dir(string(file)) == filepath.Clean(v.config.PresharedKeyDir) && filepath.Ext(string(file)) == ".psk" {
+			switch err := os.Remove(string(file)); {
+			case err == nil:
+				say(cmd, "removed %s, which nothing needs any more", file)
+			case !errors.Is(err, fs.ErrNotExist):
+				errs = append(errs, fmt.Errorf("remove a preshared key: %w", err))
+			}
+			continue
+		}
+		say(cmd, "when the gateway has read the file, nothing needs the preshared key any more: rm %s", command.Shell(string(file)))
 	}
-	say(cmd, "nothing needs the preshared key any more: rm %s", file)
+	return errors.Join(errs...)
 }
 
-func revoke(cmd *cobra.Command, v *vpn, p *wireguard.Peer) error {
-	files := []config.File{p.PresharedKeyFile, p.NextPresharedKeyFile}
-	if err := v.change(cmd, func(text []byte, _ *wireguard.Config) ([]byte, error) { return book.Remove(text, p.Name) }, nil); err != nil {
-		return err
-	}
-	for _, f := range files {
-		spent(cmd, v, f)
-	}
-	return nil
+func revokeCommand(path *string) *cobra.Command {
+	var keep bool
+	cmd := onPeer(path, &cobra.Command{
+		Use: "revoke NAME", Short: "Take a peer out of the file: it is cut off at once",
+		Long: "Take a peer out of the file, and out of grants: it is cut off at once. A grant\nthat was for it alone goes with it, and so does its preshared key.",
+	}, func(cmd *cobra.Command, v *vpn, p *wireguard.Peer) error {
+		files := []config.File{p.PresharedKeyFile, p.NextPresharedKeyFile}
+		var alone []string
+		if err := v.change(cmd, func(text []byte, c *wireguard.Config) ([]byte, error) {
+			for _, g := range c.Grants {
+				if !slices.ContainsFunc(g.To, func(s wireguard.Subject) bool { return s.Group || s.Name != p.Name }) && len(g.To) > 0 {
+					alone = append(alone, joined(g.Services))
+				}
+			}
+			return book.Remove(text, p.Name)
+		}, nil); err != nil {
+			return err
+		}
+		for _, services := range alone {
+			say(cmd, "took out the grant of %s, which was for %s alone", services, p.Name)
+		}
+		if keep {
+			return nil
+		}
+		return spent(cmd, v, files...)
+	})
+	cmd.Flags().BoolVar(&keep, "keep-key", false, "leave the file of its preshared key where it is")
+	return cmd
 }
 
 func setEnabled(enabled bool) func(*cobra.Command, *vpn, *wireguard.Peer) error {
@@ -263,6 +321,7 @@ func setEnabled(enabled bool) func(*cobra.Command, *vpn, *wireguard.Peer) error 
 func importCommand(path *string) *cobra.Command {
 	var groups []string
 	var name, presharedTo string
+	var readdress bool
 	cmd := &cobra.Command{
 		Use: "import FILE", Short: "Declare the peers of a configuration of wg-quick", Args: command.One("file", "/etc/wireguard/wg0.conf"),
 		Long: "Declare the peers of a configuration of wg-quick: those of a server, or the\nmachine itself of a client's. Preshared keys go into files of presharedKeyDir;\nwhat does not carry over is named. Nothing that the file would run is run.",
@@ -284,6 +343,9 @@ func importCommand(path *string) *cobra.Command {
 			}
 			declared := *v.config
 			declared.PublicKey = v.server(v.config)
+			if foreign := file.Foreign(&declared); len(foreign) > 0 && !readdress {
+				return fmt.Errorf("%s: devices have addresses in %s, which is none of the VPN's (%s), and keep them until they get new configurations: put the server's address there, with the length of its network, into wireguard.addresses, or give the devices others with --readdress", args[0], joined(foreign), joined(declared.Networks()))
+			}
 			peers, preshared, notes, err := file.Declare(&declared)
 			if err != nil {
 				return err
@@ -316,17 +378,20 @@ func importCommand(path *string) *cobra.Command {
 				p := &peers[i]
 				p.Groups = append(p.Groups, in...)
 				if _, ok := preshared[p.Name]; ok {
-					file, err := v.presharedFile(string(p.Name) + ".psk")
+					file, err := v.presharedFile(p.Name)
 					if err != nil {
 						return err
 					}
 					p.PresharedKeyFile = config.File(file)
 				}
 			}
-			if err := v.change(cmd, func(text []byte, _ *wireguard.Config) ([]byte, error) { return book.Add(text, peers...) }, func(*wireguard.Config) error {
+			var assigned wireguard.Assigned
+			if err := v.change(cmd, func(text []byte, _ *wireguard.Config) ([]byte, error) { return book.Add(text, peers...) }, func(c *wireguard.Config) error {
+				leases := wireguard.Leases{ByName: maps.Clone(v.leases.ByName)}
+				assigned, _, _ = leases.Assign(c, time.Now()) // who gets none is unready, as list says
 				for _, p := range peers {
 					if key, ok := preshared[p.Name]; ok {
-						if err := h.write(here(p.PresharedKeyFile), key); err != nil {
+						if err := h.write(cmd, v, p.Name, here(p.PresharedKeyFile), key); err != nil {
 							return err
 						}
 					}
@@ -344,7 +409,7 @@ func importCommand(path *string) *cobra.Command {
 					tellPreshared(cmd, here(f), string(f))
 				}
 				rows = append(rows, made{
-					Name: p.Name, PublicKey: p.PublicKey, Addresses: p.Addresses, Groups: p.Groups, PresharedKeyFile: string(p.PresharedKeyFile), Services: reaches(v.config, &p),
+					Name: p.Name, PublicKey: p.PublicKey, Addresses: assigned[p.Name], Groups: p.Groups, PresharedKeyFile: string(p.PresharedKeyFile), Services: reaches(v.config, &p),
 				})
 			}
 			return command.Show(cmd, rows, func(w io.Writer, rows []made) {
@@ -355,8 +420,9 @@ func importCommand(path *string) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringSliceVar(&groups, "group", nil, "put them into a `GROUP`; may be given again")
+	cmd.Flags().StringArrayVar(&groups, "group", nil, "put them into a `GROUP`; may be given again")
 	cmd.Flags().StringVar(&presharedTo, "preshared-key-dir", "", "write preshared keys to `DIRECTORY`, for a gateway elsewhere that is to find them in its presharedKeyDir")
+	cmd.Flags().BoolVar(&readdress, "readdress", false, "give devices whose addresses are none of the VPN's others: they need new configurations")
 	cmd.Flags().StringVar(&name, "name", "", "call the only peer `NAME`")
 	// The flag was made above, so there is nothing to fail.
 	_ = cmd.RegisterFlagCompletionFunc("group", completeGroups(path))

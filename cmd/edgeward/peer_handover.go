@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -52,9 +51,8 @@ func (h *handover) flags(cmd *cobra.Command) {
 	_ = cmd.RegisterFlagCompletionFunc("qr", cobra.FixedCompletions([]string{"auto", "always", "never"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
-// keys makes the key pair, unless the peer has one, and the preshared key, which
-// the gateway finds under name in presharedKeyDir.
-func (h *handover) keys(v *vpn, name string) (err error) {
+// keys makes the key pair, unless the peer has one, and the preshared key.
+func (h *handover) keys(v *vpn, name wireguard.Name) (err error) {
 	if !slices.Contains([]string{"auto", "always", "never"}, h.qr) {
 		return fmt.Errorf("--qr %s: want auto, always or never", h.qr)
 	}
@@ -74,12 +72,17 @@ func (h *handover) keys(v *vpn, name string) (err error) {
 	return err
 }
 
-// presharedFile is where the gateway finds a preshared key.
-func (v *vpn) presharedFile(name string) (string, error) {
+// presharedFile is where the gateway finds a new preshared key of a peer: NAME.psk,
+// or while that one is in use NAME.2.psk, and so on.
+func (v *vpn) presharedFile(name wireguard.Name) (string, error) {
 	if v.config.PresharedKeyDir == "" {
 		return "", errors.New("wireguard.presharedKeyDir is empty: say where the gateway finds preshared keys, or do without, with --no-preshared-key")
 	}
-	return filepath.Join(v.config.PresharedKeyDir, name), nil
+	path := filepath.Join(v.config.PresharedKeyDir, string(name)+".psk")
+	for n := 2; slices.Contains(v.config.Files(), config.File(path)); n++ {
+		path = filepath.Join(v.config.PresharedKeyDir, fmt.Sprintf("%s.%d.psk", name, n))
+	}
+	return path, nil
 }
 
 // made is what was done for one peer. As JSON it holds the secrets of the
@@ -122,7 +125,7 @@ func (h *handover) files(cmd *cobra.Command, v *vpn, c *wireguard.Config, name w
 		}
 	}
 	if h.presharedFile != "" {
-		if err := h.write(cmp.Or(h.presharedTo, h.presharedFile), h.preshared); err != nil {
+		if err := h.write(cmd, v, name, cmp.Or(h.presharedTo, h.presharedFile), h.preshared); err != nil {
 			return made{}, err
 		}
 	}
@@ -136,31 +139,43 @@ func (h *handover) files(cmd *cobra.Command, v *vpn, c *wireguard.Config, name w
 	return m, nil
 }
 
-// write makes the file of a preshared key. The owner is the directory's: the
-// gateway that reads it need not be root.
-func (h *handover) write(path string, key wireguard.PresharedKey) error {
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+// write makes the file of a preshared key of a peer. One that is there already is
+// replaced where it is in presharedKeyDir and nobody needs it.
+func (h *handover) write(cmd *cobra.Command, v *vpn, name wireguard.Name, path string, key wireguard.PresharedKey) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return fmt.Errorf("write preshared key: %w", err)
 	}
 	err := wireguard.WriteKeyFile(config.File(path), key.Reveal())
 	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("write preshared key: %s is there already: remove it if no peer needs it", path)
+		if !v.needless(name, path) {
+			return fmt.Errorf("write preshared key: %s is there already: remove it if no peer needs it", path)
+		}
+		if err = os.Remove(path); err == nil {
+			err = wireguard.WriteKeyFile(config.File(path), key.Reveal())
+		}
+		if err == nil {
+			say(cmd, "%s was the preshared key of no peer, and is another now", path)
+		}
 	}
-	if err != nil {
-		return err
-	}
-	h.undo = append(h.undo, path)
-	info, err := os.Stat(dir)
 	if err != nil {
 		return fmt.Errorf("write preshared key: %w", err)
 	}
-	if s, ok := info.Sys().(*syscall.Stat_t); ok && os.Getuid() == 0 {
-		if err := os.Chown(path, int(s.Uid), int(s.Gid)); err != nil {
-			return fmt.Errorf("write preshared key: %w", err)
-		}
-	}
+	h.undo = append(h.undo, path)
 	return nil
+}
+
+// needless reports whether nobody needs the file of a preshared key, which is to
+// become one of the peer: the file declares it for nobody else, or it would be
+// refused, and the gateway has no such peer that may use it still.
+func (v *vpn) needless(name wireguard.Name, path string) bool {
+	info, err := os.Lstat(path)
+	if err != nil || !info.Mode().IsRegular() && info.Mode().Type() != fs.ModeSymlink {
+		return false
+	}
+	p := v.config.Peer(name)
+	mine := p != nil && (string(p.PresharedKeyFile) == path || string(p.NextPresharedKeyFile) == path)
+	staged := p != nil && !p.NextPublicKey.IsZero() // then the peer is not new to the gateway, but the file is
+	return mine && (staged || v.of(name) == nil)
 }
 
 // newFile writes a file that its owner alone may read, and that was not there.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -25,8 +26,10 @@ func (v *vpn) peers() []wireguard.PeerStatus {
 	d := v.desired(v.config)
 	known := map[wireguard.Name]wireguard.PeerStatus{}
 	why := ""
-	if v.status != nil {
-		why = "the gateway has not read it yet"
+	if v.elsewhere() {
+		why = "the gateway reads another file"
+	} else if v.status != nil {
+		why = "the gateway has not got it in force yet"
 	}
 	for _, p := range d.Peers {
 		known[p.Name] = wireguard.PeerStatus{
@@ -61,20 +64,89 @@ func (v *vpn) peers() []wireguard.PeerStatus {
 type listing struct {
 	// Asked says that the gateway answered. Otherwise handshakes, traffic and
 	// endpoints are not known, and Why says why.
-	Asked bool                   `json:"asked"`
-	Why   string                 `json:"why,omitempty"`
-	Peers []wireguard.PeerStatus `json:"peers"`
+	Asked bool     `json:"asked"`
+	Why   string   `json:"why,omitempty"`
+	Peers []listed `json:"peers"`
+}
+
+// listed is a peer in a list.
+type listed struct {
+	wireguard.PeerStatus
+	// Connected says that there is a session, and not only that there may be one.
+	Connected bool `json:"connected"`
+}
+
+// sessionLasts is how long after a handshake a session does; where there is
+// anything to say there is another handshake before that.
+const sessionLasts = 3 * time.Minute
+
+// connected reports whether a peer has a session.
+func connected(p *wireguard.PeerStatus, now time.Time) bool {
+	return p.State == wireguard.Live && !p.Handshake.IsZero() && now.Sub(p.Handshake) < sessionLasts
+}
+
+// state is a peer's for people.
+func (p *listed) state() string {
+	if p.Connected {
+		return string(p.State) + ", connected"
+	}
+	return string(p.State)
+}
+
+func listOf(peers []wireguard.PeerStatus) []listed {
+	out := []listed{}
+	for _, p := range peers {
+		out = append(out, listed{p, connected(&p, time.Now())})
+	}
+	return out
 }
 
 func listPeers(cmd *cobra.Command, v *vpn) error {
-	l := listing{Asked: v.status != nil, Peers: v.peers()}
+	l := listing{Asked: v.status != nil, Peers: listOf(v.peers())}
 	if !l.Asked {
 		l.Why = v.silent.Error()
 		say(cmd, "the gateway was not asked, so this is the file alone: %s", l.Why)
-	} else if v.status.Problem != "" {
+	}
+	v.tellTrouble(cmd)
+	return command.Show(cmd, l, func(w io.Writer, l listing) { listTable(w, l, time.Now()) })
+}
+
+// tellTrouble says why the gateway that answers may not do what the file says.
+func (v *vpn) tellTrouble(cmd *cobra.Command) {
+	if v.status == nil {
+		return
+	}
+	if v.elsewhere() {
+		say(cmd, "the gateway that answers reads %s, and not %s", v.status.File, v.path)
+	}
+	if v.status.FileProblem != "" {
+		say(cmd, "the gateway keeps the last good state: %s", v.status.FileProblem)
+	}
+	if v.status.Problem != "" {
 		say(cmd, "the gateway could not apply all: %s", v.status.Problem)
 	}
-	return command.Show(cmd, l, func(w io.Writer, l listing) { listTable(w, l, time.Now()) })
+}
+
+// asRunning is the VPN as the gateway has it, for a file at path that says
+// nothing, because it is wrong or gone; fault is what it is. Where the gateway
+// does not answer, that is all there is to say.
+func asRunning(cmd *cobra.Command, path string, fault error) (*vpn, error) {
+	v := &vpn{path: path, socket: cmp.Or(cmd.Flag(socketFlag).Value.String(), tunnel.SocketOf(path))}
+	if v.askStatus(cmd.Context()); v.status == nil {
+		return nil, fault
+	}
+	say(cmd, "this is what the gateway at %s has in force; of the file nothing is known:", v.socket)
+	return v, nil
+}
+
+// listRunning is listPeers without a file to go by, whose fault it returns.
+func listRunning(cmd *cobra.Command, path string, fault error) error {
+	v, err := asRunning(cmd, path, fault)
+	if err != nil {
+		return err
+	}
+	l := listing{Asked: true, Peers: listOf(v.status.Peers)}
+	return errors.Join(command.Show(cmd, l, func(w io.Writer, l listing) { listTable(w, l, time.Now()) }), fault)
 }
 
 func listTable(w io.Writer, l listing, now time.Time) {
@@ -84,11 +156,11 @@ func listTable(w io.Writer, l listing, now time.Time) {
 	}
 	fmt.Fprintf(w, "\tEXPIRES\tNOTE\n")
 	for _, p := range l.Peers {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s", p.Name, p.State, command.OrDash(joined(p.Groups)), command.OrDash(joined(p.Addresses)))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s", p.Name, p.state(), command.OrDash(joined(p.Groups)), command.OrDash(joined(p.Addresses)))
 		if l.Asked {
 			fmt.Fprintf(w, "\t%s\t%s\t%s\t%s", age(p.Handshake, now), size(p.Received), size(p.Sent), command.OrDash(p.Endpoint))
 		}
-		fmt.Fprintf(w, "\t%s\t%s\n", expires(p.Expires, now), command.OrDash(strings.Join(notes(&p), "; ")))
+		fmt.Fprintf(w, "\t%s\t%s\n", expires(p.Expires, now), command.OrDash(strings.Join(notes(&p.PeerStatus), "; ")))
 	}
 }
 
@@ -109,7 +181,7 @@ func notes(p *wireguard.PeerStatus) []string {
 
 // shown is what show shows.
 type shown struct {
-	wireguard.PeerStatus
+	listed
 	Asked            bool                `json:"asked"`
 	NextPublicKey    wireguard.PublicKey `json:"nextPublicKey,omitzero"`
 	PresharedKeyFile config.File         `json:"presharedKeyFile,omitempty"`
@@ -122,29 +194,101 @@ type shown struct {
 	Reaches []reached `json:"reaches"`
 }
 
+func showCommand(path *string) *cobra.Command {
+	cmd := onPeer(path, &cobra.Command{Use: "show NAME", Short: "Show all about a peer but its secrets, and what it reaches and why"}, nil)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		v, err := openVPN(cmd, *path)
+		if err != nil {
+			return showRunning(cmd, *path, args[0], err)
+		}
+		p, err := v.peer(args[0])
+		if err != nil {
+			return err
+		}
+		return showPeer(cmd, v, p)
+	}
+	return cmd
+}
+
+// showRunning is showPeer without a file to go by, whose fault it returns.
+func showRunning(cmd *cobra.Command, path, name string, fault error) error {
+	v, err := asRunning(cmd, path, fault)
+	if err != nil {
+		return err
+	}
+	p := v.of(wireguard.Name(name))
+	if p == nil {
+		return errors.Join(fmt.Errorf("the gateway has no peer %q", name), fault)
+	}
+	var d wireguard.Desired
+	if err := v.ask(cmd.Context(), "/v1/vpn/desired", &d); err != nil {
+		return errors.Join(err, fault)
+	}
+	s := inForce{listed: listOf([]wireguard.PeerStatus{*p})[0], Reaches: []reached{}}
+	for i := range d.Services {
+		if slices.Contains(p.Services, d.Services[i].Name) {
+			s.Reaches = append(s.Reaches, reachedBy(&d.Services[i], nil))
+		}
+	}
+	return errors.Join(command.Show(cmd, s, func(w io.Writer, s inForce) {
+		line := liner(w)
+		s.begin(line)
+		line("addresses", joined(s.Addresses))
+		line("groups", joined(s.Groups))
+		s.end(line, time.Now())
+		reachTable(w, s.Reaches)
+	}), fault)
+}
+
+// inForce is what show shows where there is only the gateway to ask.
+type inForce struct {
+	listed
+	// Reaches takes the place of the services' names.
+	Reaches []reached `json:"reaches"`
+}
+
 func showPeer(cmd *cobra.Command, v *vpn, p *wireguard.Peer) error {
 	all := v.peers()
 	s := shown{
-		PeerStatus: all[slices.IndexFunc(all, func(s wireguard.PeerStatus) bool { return s.Name == p.Name })],
-		Asked:      v.status != nil, NextPublicKey: p.NextPublicKey, PresharedKeyFile: p.PresharedKeyFile, FullTunnel: p.FullTunnel,
+		listed: listOf(all[slices.IndexFunc(all, func(s wireguard.PeerStatus) bool { return s.Name == p.Name }):])[0],
+		Asked:  v.status != nil, NextPublicKey: p.NextPublicKey, PresharedKeyFile: p.PresharedKeyFile, FullTunnel: p.FullTunnel,
 		Routes: v.config.RoutesFor(p), DNS: v.config.DNSFor(p), Behind: p.AllowedIPs, Reaches: reaches(v.config, p),
 	}
 	if !s.Asked {
 		say(cmd, "the gateway was not asked, so this is the file alone: %v", v.silent)
 	}
+	v.tellTrouble(cmd)
 	return command.Show(cmd, s, func(w io.Writer, s shown) { showTable(w, s, time.Now()) })
 }
 
-func showTable(w io.Writer, s shown, now time.Time) {
-	line := func(name, value string) {
+// liner writes lines of a table, each a name and what it stands for; one without
+// a value is left out.
+func liner(w io.Writer) func(name, value string) {
+	return func(name, value string) {
 		if value != "" {
 			fmt.Fprintf(w, "%s\t%s\n", name, value)
 		}
 	}
-	line("name", string(s.Name))
-	line("state", string(s.State))
-	line("note", strings.Join(notes(&s.PeerStatus), "; "))
-	line("public key", s.PublicKey.String())
+}
+
+// begin and end are the lines on what is known of every peer.
+func (p *listed) begin(line func(name, value string)) {
+	line("name", string(p.Name))
+	line("state", p.state())
+	line("note", strings.Join(notes(&p.PeerStatus), "; "))
+	line("public key", p.PublicKey.String())
+}
+
+func (p *listed) end(line func(name, value string), now time.Time) {
+	line("handshake", age(p.Handshake, now))
+	line("received", size(p.Received))
+	line("sent", size(p.Sent))
+	line("endpoint", command.OrDash(p.Endpoint))
+}
+
+func showTable(w io.Writer, s shown, now time.Time) {
+	line := liner(w)
+	s.begin(line)
 	line("next key", s.NextPublicKey.String())
 	if s.PresharedKeyFile == "" {
 		line("preshared key", "none")
@@ -158,16 +302,17 @@ func showTable(w io.Writer, s shown, now time.Time) {
 	line("sends here", joined(s.Routes))
 	line("dns", joined(s.DNS))
 	if s.Asked {
-		line("handshake", age(s.Handshake, now))
-		line("received", size(s.Received))
-		line("sent", size(s.Sent))
-		line("endpoint", command.OrDash(s.Endpoint))
+		s.end(line, now)
 	}
+	reachTable(w, s.Reaches)
+}
+
+func reachTable(w io.Writer, all []reached) {
 	fmt.Fprintf(w, "\nSERVICE\tHOST\tADDRESSES\tPORTS\tTHROUGH\n")
-	for _, r := range s.Reaches {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", r.Service, command.OrDash(string(r.Host)), strings.Join(r.Addresses, ", "), strings.Join(r.Ports, ", "), strings.Join(r.Through, ", "))
+	for _, r := range all {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", r.Service, command.OrDash(string(r.Host)), strings.Join(r.Addresses, ", "), strings.Join(r.Ports, ", "), command.OrDash(strings.Join(r.Through, ", ")))
 	}
-	if len(s.Reaches) == 0 {
+	if len(all) == 0 {
 		fmt.Fprintln(w, "none: no grant names the peer or one of its groups")
 	}
 }
@@ -186,6 +331,12 @@ func planCommand(path *string) *cobra.Command {
 				return err
 			}
 			plan := wireguard.NewPlan(was, v.desired(v.config))
+			if from == "" {
+				plan = plan.Among(v.connected())
+			}
+			for _, w := range v.warnings {
+				say(cmd, "warning: %s", w)
+			}
 			plan.Changes = append([]wireguard.Change{}, plan.Changes...) // a list for programs, empty or not
 			return command.Show(cmd, plan, planTable)
 		},

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -26,8 +27,7 @@ type running struct{ stop func() }
 // TestPeerScripts runs the verbs of peer as an operator would. $WORK is filled in
 // in the files of a script, $KEY1 to $KEY4 are public keys, and these commands are
 // there beside edgeward: gateway FILE [NAME...] has a gateway answer that runs by
-// FILE, at which the named
-// peers use their next keys.
+// FILE, at which the named peers use their next keys; gateway - is its end.
 func TestPeerScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/peer",
@@ -56,50 +56,85 @@ func TestPeerScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"gateway": func(ts *testscript.TestScript, _ bool, args []string) {
-				c, err := tunnel.Load(ts.MkAbs(args[0]))
-				ts.Check(err)
 				now := ts.Value("gateway").(*running)
 				now.stop()
-				now.stop, err = pretend(c, args[1:])
+				if now.stop = func() {}; args[0] == "-" {
+					return
+				}
+				stop, err := pretend(ts.MkAbs(args[0]), args[1:])
 				ts.Check(err)
+				now.stop = stop
 			},
 		},
 	})
 }
 
-// pretend answers at the socket of c as a gateway does that runs by c; the peers
-// called moved use their next keys. It is the gateway's word that matters here;
-// test/vpn has a real one.
-func pretend(c tunnel.Config, moved []string) (stop func(), err error) {
-	var leases wireguard.Leases
-	addresses, _, err := leases.Assign(c.VPN(), time.Now())
+// pretend answers at the socket of the configuration at path as a gateway does that
+// runs by it, and reads it again when it is told to; the peers called moved use
+// their next keys, and one called shunned is unready. It is the gateway's word that
+// matters here; test/vpn has a real one.
+func pretend(path string, moved []string) (stop func(), err error) {
+	c, err := tunnel.Load(path)
 	if err != nil {
 		return nil, err
 	}
-	desired := wireguard.Compile(c.VPN(), addresses, wireguard.Secrets{}, time.Now())
-	if desired.Device.PublicKey.IsZero() { // then the gateway alone knows it
-		desired.Device.PublicKey = wireguard.NewPrivateKey().Public()
-	}
-	status := wireguard.Status{Interface: "edgeward0", Mode: wireguard.Kernel, PublicKey: desired.Device.PublicKey}
-	for _, p := range desired.Peers {
-		s := wireguard.PeerStatus{Name: p.Name, State: wireguard.Live, PublicKey: p.PublicKey, Addresses: p.Addresses, Groups: p.Groups, Services: p.Services, Expires: p.Expires,
-			Rotating: !p.Next.IsZero()}
-		if p.Name == "bob" {
-			s.Endpoint, s.Handshake, s.Received, s.Sent, s.Denied = netip.MustParseAddrPort("203.0.113.9:40000").String(), time.Now().Add(-95*time.Second), 1536, 5<<30, 3
+	var mu sync.Mutex
+	var leases wireguard.Leases
+	var desired wireguard.Desired
+	key := wireguard.NewPrivateKey().Public() // where the file has none the gateway alone knows it
+	follow := func(c *wireguard.Config) {
+		known := *c
+		if known.PublicKey.IsZero() {
+			known.PublicKey = key
 		}
-		if slices.Contains(moved, string(p.Name)) {
-			s.PublicKey, s.Rotating = p.Next, false
+		addresses, _, _ := leases.Assign(&known, time.Now())
+		desired = wireguard.Compile(&known, addresses, wireguard.Secrets{}, time.Now())
+		for i, p := range desired.Peers {
+			if p.Name == "shunned" {
+				desired.Peers = slices.Delete(desired.Peers, i, i+1)
+				desired.Idle = append(desired.Idle, wireguard.IdlePeer{Name: p.Name, PublicKey: p.PublicKey, Addresses: p.Addresses, State: wireguard.Unready, Why: "nobody likes it"})
+				break
+			}
 		}
-		status.Peers = append(status.Peers, s)
 	}
-	for _, p := range desired.Idle {
-		status.Peers = append(status.Peers, wireguard.PeerStatus{Name: p.Name, State: p.State, Why: p.Why, PublicKey: p.PublicKey, Addresses: p.Addresses, Groups: p.Groups, Expires: p.Expires})
+	follow(c.VPN())
+	status := func() wireguard.Status {
+		status := wireguard.Status{Interface: "edgeward0", Mode: wireguard.Kernel, PublicKey: desired.Device.PublicKey, File: path}
+		for _, p := range desired.Peers {
+			s := wireguard.PeerStatus{Name: p.Name, State: wireguard.Live, PublicKey: p.PublicKey, Addresses: p.Addresses, Groups: p.Groups, Services: p.Services, Expires: p.Expires,
+				Rotating: !p.Next.IsZero()}
+			if p.Name == "bob" {
+				s.Endpoint, s.Handshake, s.Received, s.Sent, s.Denied = netip.MustParseAddrPort("203.0.113.9:40000").String(), time.Now().Add(-95*time.Second), 1536, 5<<30, 3
+			}
+			if slices.Contains(moved, string(p.Name)) && !p.Next.IsZero() {
+				s.PublicKey, s.Rotating = p.Next, false
+			}
+			status.Peers = append(status.Peers, s)
+		}
+		for _, p := range desired.Idle {
+			status.Peers = append(status.Peers, wireguard.PeerStatus{Name: p.Name, State: p.State, Why: p.Why, PublicKey: p.PublicKey, Addresses: p.Addresses, Groups: p.Groups, Expires: p.Expires})
+		}
+		return status
+	}
+	locked := func(do func() any) func(url.Values) (any, error) {
+		return func(url.Values) (any, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			return do(), nil
+		}
 	}
 	socket, err := daemon.ListenSocket(c.Socket, daemon.Answers{
-		"/v1/vpn":         func(url.Values) (any, error) { return status, nil },
-		"/v1/vpn/desired": func(url.Values) (any, error) { return desired, nil },
+		"/v1/vpn":         locked(func() any { return status() }),
+		"/v1/vpn/desired": locked(func() any { return desired }),
 	}, daemon.Orders{
-		"/v1/reload": func(url.Values, string) (any, error) { return struct{}{}, nil },
+		"/v1/reload": func(url.Values, string) (any, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			if c, err := tunnel.Load(path); err == nil { // or the last good state stays
+				follow(c.VPN())
+			}
+			return struct{}{}, nil
+		},
 	}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return nil, err
