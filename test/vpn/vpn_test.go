@@ -24,10 +24,19 @@ func TestGrantedAndNothingElse(t *testing.T) {
 	upstream(t, w)
 	w.start()
 	alice, bob := w.add("alice", "--group", "family"), w.add("bob", "--group", "admins")
+	// Whoever has the device may send what they like to the gateway.
+	for _, own := range []string{"203.0.113.2/32", "2001:db8:1::2/128"} {
+		w.gateway.Own(netip.MustParsePrefix(own))
+	}
+	alice.sends("192.168.7.1/32, fd07::1/128, 203.0.113.2/32, 2001:db8:1::2/128")
 	alice.up()
 	bob.up()
 	alice.reaches(at("192.168.7.9:80"))
 	bob.reaches(at("192.168.7.9:80"))
+	// What nobody listens on would be refused without any rule.
+	bob.Serve(netip.AddrPortFrom(netip.IPv6Unspecified(), 22))
+	w.gateway.Serve(at("10.66.0.1:9479"))
+	w.gateway.Serve(at("[fd66::1]:9479"))
 
 	for _, c := range []struct {
 		client *client
@@ -58,13 +67,13 @@ func TestGrantedAndNothingElse(t *testing.T) {
 	for what, to := range map[string]string{
 		"another port of a granted host": "192.168.7.9:445", "another port by IPv6": "[fd07::9]:445",
 		"a translated address by its target": "192.168.7.9:8443", "that by IPv6": "[fd07::9]:8443",
-		"the gateway itself": "10.66.0.1:22", "that by IPv6, too": "[fd66::1]:22", "that by its address on the LAN": "192.168.7.1:22",
-		"that by its public address": endpoint + ":22", "the gateway's metrics": "10.66.0.1:9479", "the resolver's own port": "10.66.0.1:51853",
+		"the gateway itself": "10.66.0.1:22", "that by IPv6, too": "[fd66::1]:22",
+		"that by its address on the LAN": "192.168.7.1:22", "that on the LAN by IPv6": "[fd07::1]:22",
+		"that by a public address": "203.0.113.2:22", "that by a public address of IPv6": "[2001:db8:1::2]:22",
+		"the gateway's port 9479": "10.66.0.1:9479", "that port by IPv6": "[fd66::1]:9479",
+		"the resolver's own port": "10.66.0.1:51853", "that of the resolver by IPv6": "[fd66::1]:51853",
 		"another peer": bob.addrs[0].String() + ":22", "another peer by IPv6": "[" + bob.addrs[1].String() + "]:22",
 	} {
-		if netip.MustParseAddrPort(to).Addr().String() == endpoint || strings.HasPrefix(to, "192.168.7.1:") {
-			continue // not by the VPN: the client's own route leads there
-		}
 		if err := alice.refused(at(to)); err != nil {
 			t.Errorf("%s, %s: %v", what, to, err)
 		}
@@ -331,16 +340,13 @@ func TestTroubleKeepsTheLastGoodState(t *testing.T) {
 
 	// A device that others take away.
 	w.gateway.MustExec("ip", "link", "del", w.link)
-	if err := w.program.Process.Signal(syscall.SIGHUP); err != nil {
-		t.Fatal(err)
-	}
 	alice.reaches(web)
 	if err := alice.refused(nas); err != nil {
 		t.Errorf("after the device was made anew: %v", err)
 	}
 
 	// What would end the VPN leaves one alone that is at work.
-	if err := w.cleanup(); err == nil || !strings.Contains(err.Error(), "belongs to another process") {
+	if err := w.cleanup(); err == nil || !strings.Contains(err.Error(), "the gateway still runs: stop it first") {
 		t.Errorf("cleanup beside a gateway at work: %v", err)
 	}
 	alice.reaches(web)

@@ -186,6 +186,13 @@ func (w *world) write(text string) {
 // start starts the gateway as its manifest does, and returns when it is ready.
 func (w *world) start() {
 	w.t.Helper()
+	w.launch()
+	w.until("the gateway is ready", func() bool { return w.status().Ready == "yes" })
+}
+
+// launch starts the gateway.
+func (w *world) launch() {
+	w.t.Helper()
 	cmd := exec.Command("setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all,+net_admin",
 		filepath.Join(programs(w.t), "edgeward-tunnel"), "run", "--role", "wireguard", "--config", w.file)
 	cmd.Stdout, cmd.Stderr = w.logs, w.logs
@@ -195,7 +202,6 @@ func (w *world) start() {
 	w.program, w.exited = cmd, exited
 	go func() { _ = cmd.Wait(); close(exited) }()
 	w.t.Cleanup(func() { w.stop(syscall.SIGTERM) })
-	w.until("the gateway is ready", func() bool { return w.status().Ready == "yes" })
 }
 
 // stop ends the gateway by a signal.
@@ -309,6 +315,18 @@ func (w *world) add(name string, args ...string) *client {
 		w.t.Fatalf("the printed configuration has no two addresses:\n%s", text)
 	}
 	return c
+}
+
+// sends has the client send more networks into the VPN than it was told to.
+func (c *client) sends(networks string) {
+	c.w.t.Helper()
+	text, err := os.ReadFile(c.conf)
+	if err == nil {
+		err = os.WriteFile(c.conf, []byte(strings.Replace(string(text), "AllowedIPs = ", "AllowedIPs = "+networks+", ", 1)), 0o600)
+	}
+	if err != nil {
+		c.w.t.Fatal(err)
+	}
 }
 
 // up connects by wg-quick.
