@@ -34,12 +34,12 @@ demo: tools ## Run the whole gateway on this machine; ONCE=1 proves it and exits
 	@exec dist/demo -programs dist $(if $(ONCE),-once) $(if $(FROM),-from $(FROM))
 
 .PHONY: test
-test: test-plan tools lint test-race test-real ## Prove everything on the real tools: 8 minutes, 40 the first time
+test: test-plan tools lint test-race test-real ## Prove everything on the real tools: 9 minutes, 40 the first time
 
 .PHONY: test-plan
 test-plan:
 	@echo 'make test: the tools, then lint, then the units with -race, then the suites on the real Traefik,'
-	@echo 'make test: CrowdSec and Yaegi. On two cores about 8 minutes, and up to 30 more the first time,'
+	@echo 'make test: CrowdSec and Yaegi. On two cores about 9 minutes, and up to 30 more the first time,'
 	@echo 'make test: to build the tools; cut short, it resumes where it was.'
 
 .PHONY: test-quick
